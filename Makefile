@@ -1,0 +1,63 @@
+# The lab's commands. A virtual environment in .venv is made on first use; nothing else is needed but Python >= 3.11.
+#   make          build the book           make test      prove it
+#   make lab      JupyterLab               make chapters  run all notebooks and store their outputs
+#   make record   measure on this GPU      make experiments, make train: the long CPU runs
+# TORCH_INDEX=<url> takes torch from another wheel index, PYTHON=<python> another interpreter.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+# One thread and one instruction set, so that stored outputs are the same on every CPU.
+NOTEBOOK_ENV := OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell
+JOBS ?= 2
+
+.DEFAULT_GOAL := book
+.PHONY: book test lab chapters record experiments train bugs lint clean
+
+book: .venv/ready
+	.venv/bin/jupyter-book build . --path-output . -W -n --keep-going -q
+	@echo "The book: file://$(CURDIR)/_build/html/index.html"
+
+test: .venv/ready-test
+	$(NOTEBOOK_ENV) $(PY) -m pytest -n $(JOBS) --dist loadscope
+	$(NOTEBOOK_ENV) $(PY) -m labkit.notebooks test -n $(JOBS)
+
+lab: .venv/ready-lab
+	$(PY) -m jupyterlab chapters
+
+chapters: .venv/ready
+	$(PY) -m labkit.notebooks run
+
+record: .venv/ready
+	$(PY) -m kernels record $(if $(DRY),--dry)
+
+experiments: .venv/ready
+	$(PY) -m kernels experiments $(NAME)
+
+train: .venv/ready
+	$(PY) -m labkit.train
+
+# Plants every bug of tests/planted_bugs.py in a copy of the files and shows that the tests catch it. Minutes, not CI.
+bugs: .venv/ready-test
+	$(PY) tests/planted_bugs.py $(TOPIC)
+
+lint: .venv/ready-test
+	$(PY) -m ruff check .
+	$(PY) -m labkit.notebooks lint
+
+.venv/ready: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12"; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv .venv || { echo "The venv module is missing (Debian and Ubuntu: apt install python3-venv)"; rm -rf .venv; exit 1; }
+	$(if $(TORCH_INDEX),$(PY) -m pip install -q --index-url $(TORCH_INDEX) "$$(grep '^torch==' requirements.txt)")
+	$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/ready-test: .venv/ready requirements-test.txt
+	$(PY) -m pip install -q --disable-pip-version-check -r requirements-test.txt
+	@touch $@
+
+.venv/ready-lab: .venv/ready
+	$(PY) -m pip install -q --disable-pip-version-check "jupyterlab>=4.4,<5"
+	@touch $@
+
+clean:
+	rm -rf _build

@@ -1,0 +1,106 @@
+"""Tile helpers shared by the kernels: `dot` and `cast` that are right for bf16 on both machines, the online-softmax
+step, and the facts about the device that the launch rules need.
+
+Triton's interpreter computes on the bit patterns of bf16 values (`dot`, `+`, `*`, comparisons) and truncates when it
+stores them. So kernels upcast to fp32 before any arithmetic and go through `dot` and `cast` for the rest.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels import INTERPRETED
+
+# Triton decides at import time whether its own library is interpreted: a switch set later would mix both modes.
+if isinstance(tl.cdiv, triton.runtime.JITFunction) == INTERPRETED:
+    raise ImportError(
+        "too late: Triton was imported before `kernels`, in the other mode "
+        f"(TRITON_INTERPRET is now {'1' if INTERPRETED else '0'}). "
+        "Import `kernels` first, before torch.compile or triton, or set TRITON_INTERPRET in the environment."
+    )
+
+INTERPRET = tl.constexpr(INTERPRETED)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@functools.cache
+def device_properties() -> dict:
+    """"multiprocessor_count" and "max_shared_mem" (bytes a block) of the current device.
+
+    The interpreter has no device: it gets the numbers of an H200, so that it takes the same launch decisions.
+    """
+    if INTERPRETED:
+        return {"multiprocessor_count": 132, "max_shared_mem": 232_448}
+    driver = triton.runtime.driver.active
+    return driver.utils.get_device_properties(driver.get_current_device())
+
+
+def block_dim(head_dim: int) -> int:
+    """Width of a tile that holds one head: a power of two, at least 16 (the matrix unit's depth)."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def empty_parts(q: torch.Tensor, num_splits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for partial results of q [B, Hq, D]: part_o [B, Hq, S, D] and part_lse [B, Hq, S], fp32."""
+    batch, num_q_heads, head_dim = q.shape
+    part_o = torch.empty(batch, num_q_heads, num_splits, head_dim, dtype=torch.float32, device=q.device)
+    return part_o, torch.empty(batch, num_q_heads, num_splits, dtype=torch.float32, device=q.device)
+
+
+@triton.jit
+def dot(a, b):
+    """a @ b in fp32. fp32 operands are multiplied exactly (IEEE), never as TF32."""
+    if INTERPRET:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x (fp32) rounded to nearest even, as a GPU does; the interpreter would truncate to bf16."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        bits = tl.where(x == x, bits, 0x7FC00000)  # a NaN stays one
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def softmax_step(s, m, l):
+    """One step of the online softmax (Milakov & Gimelshein 2018, Algorithm 3), in powers of two.
+
+    s [M, N] scores times log2(e), -inf where masked; m, l [M] running maximum and denominator.
+    Returns p [M, N], alpha [M] (what the accumulator has to be multiplied with), and the new m and l.
+    """
+    m_new = tl.maximum(m, tl.max(s, 1))
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen so far: exp2(-inf - 0) is 0, not NaN
+    p = tl.exp2(s - m_safe[:, None])
+    alpha = tl.exp2(m - m_safe)
+    return p, alpha, m_new, l * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def attend_tile(q, k, v, valid, m, l, acc, qk_scale, MASKED: tl.constexpr):
+    """Add one tile of keys to the running attention of a tile of queries.
+
+    q [M, D]; k, v [N, D]; valid [M, N] or [1, N], True where a key is kept (read only if MASKED); m, l [M]; acc [M, D].
+    """
+    s = dot(q, tl.trans(k)) * qk_scale
+    if MASKED:
+        s = tl.where(valid, s, float("-inf"))
+    p, alpha, m, l = softmax_step(s, m, l)
+    acc = acc * alpha[:, None] + dot(cast(p, v.dtype), v)
+    return m, l, acc
+
+
+@triton.jit
+def finish(m, l, acc):
+    """Normalise: o [M, D] and natural lse [M]. A row that saw no key gets o 0 and lse -inf."""
+    l = tl.where(l == 0.0, 1.0, l)  # m is -inf there, and stays it
+    return acc / l[:, None], (m + tl.log2(l)) * LN2

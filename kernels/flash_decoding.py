@@ -1,0 +1,301 @@
+"""Flash-Decoding: the keys of one sequence are spread over many programs, and their partial results merged.
+
+A decode step reads every key and value once and computes almost nothing, so it is as fast as memory is read. With
+one program per KV head, batch 1 occupies 8 of 132 SMs. A split over the keys fills the rest.
+
+The query heads of a group share a KV head; they are the rows of one tile, so K and V are read once a group.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels._tile import (
+    LN2,
+    LOG2E,
+    attend_tile,
+    block_dim,
+    cast,
+    device_properties,
+    empty_parts,
+    finish,
+)
+from labkit import args, splits
+
+
+@triton.jit
+def _attend_split(
+    q_ptr, stride_qb, stride_qh, stride_qd,  # [B, Hq, D]
+    k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,  # [B, L, Hkv, D]
+    v_ptr, stride_vb, stride_vn, stride_vh, stride_vd,  # [B, L, Hkv, D]
+    kv_lens_ptr, max_kv_len,  # [B]
+    pid_b, pid_h, pid_s, num_splits, group, qk_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Attention of one group of query heads over one split of the keys: o [BLOCK_H, BLOCK_D], lse [BLOCK_H]."""
+    offs_h = tl.arange(0, BLOCK_H)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEAD_DIM
+    mask_q = (offs_h[:, None] < group) & mask_d[None, :]
+    q_ptrs = q_ptr + pid_b * stride_qb + (pid_h * group + offs_h[:, None]) * stride_qh + offs_d[None, :] * stride_qd
+    q = tl.load(q_ptrs, mask=mask_q, other=0.0)
+
+    # Each sequence is cut by its own length, not by the capacity of its buffer: whole blocks, late splits may be empty.
+    kv_len = tl.minimum(tl.maximum(tl.load(kv_lens_ptr + pid_b), 0), max_kv_len)
+    split_len = tl.cdiv(tl.cdiv(kv_len, BLOCK_N), num_splits) * BLOCK_N
+    start = tl.minimum(pid_s * split_len, kv_len)
+    end = tl.minimum(start + split_len, kv_len)
+    full_end = start + (end - start) // BLOCK_N * BLOCK_N
+
+    offs_n64 = offs_n.to(tl.int64)  # a cache may hold more than 2^31 elements
+    k_ptrs = k_ptr + pid_b * stride_kb + pid_h * stride_kh + offs_n64[:, None] * stride_kn + offs_d[None, :] * stride_kd
+    v_ptrs = v_ptr + pid_b * stride_vb + pid_h * stride_vh + offs_n64[:, None] * stride_vn + offs_d[None, :] * stride_vd
+    k_ptrs += start.to(tl.int64) * stride_kn
+    v_ptrs += start.to(tl.int64) * stride_vn
+
+    m = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_H], tl.float32)
+    acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    for _ in range(start, full_end, BLOCK_N):  # full tiles need no mask over keys
+        if BLOCK_D == HEAD_DIM:
+            k, v = tl.load(k_ptrs), tl.load(v_ptrs)
+        else:
+            k = tl.load(k_ptrs, mask=mask_d[None, :], other=0.0)
+            v = tl.load(v_ptrs, mask=mask_d[None, :], other=0.0)
+        m, l, acc = attend_tile(q, k, v, mask_q, m, l, acc, qk_scale, False)
+        k_ptrs += BLOCK_N * stride_kn
+        v_ptrs += BLOCK_N * stride_vn
+    if full_end < end:
+        mask_n = full_end + offs_n < end
+        mask_kv = mask_n[:, None] & mask_d[None, :]
+        k = tl.load(k_ptrs, mask=mask_kv, other=0.0)
+        v = tl.load(v_ptrs, mask=mask_kv, other=0.0)
+        m, l, acc = attend_tile(q, k, v, mask_n[None, :], m, l, acc, qk_scale, True)
+    return finish(m, l, acc)
+
+
+@triton.jit
+def _merge_head(
+    part_o_ptr, stride_ps, stride_pd,  # [S, D] of one head
+    part_lse_ptr, stride_ls,  # [S]
+    num_splits,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Merge the splits of one head: o [BLOCK_D], lse. BLOCK_S of them at a time, with an online softmax over splits."""
+    offs_s = tl.arange(0, BLOCK_S)
+    offs_d = tl.arange(0, BLOCK_D)
+    m = tl.full([1], float("-inf"), tl.float32)
+    l = tl.zeros([1], tl.float32)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for s in range(0, num_splits, BLOCK_S):
+        mask_s = s + offs_s < num_splits
+        # .cg: read from L2, where the other programs' stores are seen
+        lse = tl.load(part_lse_ptr + (s + offs_s) * stride_ls, mask=mask_s, other=float("-inf"), cache_modifier=".cg")
+        part_ptrs = part_o_ptr + (s + offs_s[:, None]) * stride_ps + offs_d[None, :] * stride_pd
+        mask_part = mask_s[:, None] & (offs_d[None, :] < HEAD_DIM)
+        part = tl.load(part_ptrs, mask=mask_part, other=0.0, cache_modifier=".cg")  # [BLOCK_S, BLOCK_D]
+        m_new = tl.maximum(m, tl.max(lse, 0))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        weight = tl.exp2((lse - m_safe) * LOG2E)
+        alpha = tl.exp2((m - m_safe) * LOG2E)
+        l = l * alpha + tl.sum(weight, 0)
+        acc = acc * alpha + tl.sum(weight[:, None] * part, 0)
+        m = m_new
+    l = tl.where(l == 0.0, 1.0, l)  # m is -inf there, and stays it
+    return acc / l, m + tl.log2(l) * LN2
+
+
+@triton.jit
+def _split_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qd,  # [B, Hq, D]
+    k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,  # [B, L, Hkv, D]
+    v_ptr, stride_vb, stride_vn, stride_vh, stride_vd,  # [B, L, Hkv, D]
+    kv_lens_ptr,  # [B]
+    o_ptr, stride_ob, stride_oh, stride_os, stride_od,  # [B, Hq, S, D] out
+    lse_ptr, stride_lb, stride_lh, stride_ls,  # [B, Hq, S] out
+    max_kv_len, num_splits, group, qk_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    pid_s = tl.program_id(0)
+    pid_h = tl.program_id(1).to(tl.int64)
+    pid_b = tl.program_id(2).to(tl.int64)
+    o, lse = _attend_split(
+        q_ptr, stride_qb, stride_qh, stride_qd, k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,
+        v_ptr, stride_vb, stride_vn, stride_vh, stride_vd, kv_lens_ptr, max_kv_len,
+        pid_b, pid_h, pid_s, num_splits, group, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N,
+    )  # fmt: skip
+    offs_h = tl.arange(0, BLOCK_H)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_h = offs_h < group
+    mask_o = mask_h[:, None] & (offs_d < HEAD_DIM)[None, :]
+    head = pid_h * group + offs_h
+    o_ptrs = o_ptr + pid_b * stride_ob + head[:, None] * stride_oh + pid_s * stride_os + offs_d[None, :] * stride_od
+    tl.store(o_ptrs, cast(o, o_ptr.dtype.element_ty), mask=mask_o)
+    tl.store(lse_ptr + pid_b * stride_lb + head * stride_lh + pid_s * stride_ls, lse, mask=mask_h)
+
+
+@triton.jit
+def _merge_kernel(
+    part_o_ptr, stride_pb, stride_ph, stride_ps, stride_pd,  # [B, Hq, S, D] fp32
+    part_lse_ptr, stride_plb, stride_plh, stride_pls,  # [B, Hq, S] fp32
+    o_ptr, stride_ob, stride_oh, stride_od,  # [B, Hq, D] out
+    lse_ptr, stride_lb, stride_lh,  # [B, Hq] out
+    num_splits,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0).to(tl.int64)
+    pid_b = tl.program_id(1).to(tl.int64)
+    o, lse = _merge_head(
+        part_o_ptr + pid_b * stride_pb + head * stride_ph, stride_ps, stride_pd,
+        part_lse_ptr + pid_b * stride_plb + head * stride_plh, stride_pls,
+        num_splits, HEAD_DIM, BLOCK_D, BLOCK_S,
+    )  # fmt: skip
+    offs_d = tl.arange(0, BLOCK_D)
+    o_ptrs = o_ptr + pid_b * stride_ob + head * stride_oh + offs_d * stride_od
+    tl.store(o_ptrs, cast(o, o_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+    tl.store(lse_ptr + pid_b * stride_lb + head * stride_lh + tl.arange(0, 1), lse)
+
+
+@triton.jit
+def _one_launch_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qd,  # [B, Hq, D]
+    k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,  # [B, L, Hkv, D]
+    v_ptr, stride_vb, stride_vn, stride_vh, stride_vd,  # [B, L, Hkv, D]
+    kv_lens_ptr,  # [B]
+    part_o_ptr, stride_pb, stride_ph, stride_ps, stride_pd,  # [B, Hq, S, D] fp32, scratch
+    part_lse_ptr, stride_plb, stride_plh, stride_pls,  # [B, Hq, S] fp32, scratch
+    o_ptr, stride_ob, stride_oh, stride_od,  # [B, Hq, D] out
+    lse_ptr, stride_lb, stride_lh,  # [B, Hq] out
+    arrived_ptr,  # [B * Hkv] int32, zero before and after
+    max_kv_len, num_splits, group, qk_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Split and merge in one launch: the program of a KV head that arrives last merges for all."""
+    pid_s = tl.program_id(0)
+    pid_h = tl.program_id(1).to(tl.int64)
+    pid_b = tl.program_id(2).to(tl.int64)
+    o, lse = _attend_split(
+        q_ptr, stride_qb, stride_qh, stride_qd, k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,
+        v_ptr, stride_vb, stride_vn, stride_vh, stride_vd, kv_lens_ptr, max_kv_len,
+        pid_b, pid_h, pid_s, num_splits, group, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N,
+    )  # fmt: skip
+    offs_h = tl.arange(0, BLOCK_H)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_h = offs_h < group
+    head = pid_h * group + offs_h
+    part_ptrs = part_o_ptr + pid_b * stride_pb + pid_s * stride_ps + offs_d[None, :] * stride_pd
+    tl.store(part_ptrs + head[:, None] * stride_ph, o, mask=mask_h[:, None] & (offs_d < HEAD_DIM)[None, :])
+    tl.store(part_lse_ptr + pid_b * stride_plb + head * stride_plh + pid_s * stride_pls, lse, mask=mask_h)
+
+    # All threads of this program must have stored before one of them announces it (Triton 3.6 adds no barrier here).
+    tl.debug_barrier()
+    arrived = arrived_ptr + pid_b * tl.num_programs(1) + pid_h
+    if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
+        for i in range(group):
+            one = pid_h * group + i
+            o_one, lse_one = _merge_head(
+                part_o_ptr + pid_b * stride_pb + one * stride_ph, stride_ps, stride_pd,
+                part_lse_ptr + pid_b * stride_plb + one * stride_plh, stride_pls,
+                num_splits, HEAD_DIM, BLOCK_D, BLOCK_S,
+            )  # fmt: skip
+            o_ptrs = o_ptr + pid_b * stride_ob + one * stride_oh + offs_d * stride_od
+            tl.store(o_ptrs, cast(o_one, o_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+            tl.store(lse_ptr + pid_b * stride_lb + one * stride_lh + tl.arange(0, 1), lse_one)
+        tl.store(arrived, 0)  # ready for the next launch, also inside a replayed graph
+
+
+def split_config(dtype: torch.dtype, head_dim: int, group: int) -> dict:
+    """Tile sizes and launch options of the split kernel.
+
+    Two or three stages of K and V tiles have to fit into shared memory, the accumulator into registers.
+    """
+    block_h = max(16, triton.next_power_of_2(group))
+    block_d = block_dim(head_dim)
+    tile_bytes = 64 * block_d * dtype.itemsize * 2  # K and V
+    room = device_properties()["max_shared_mem"]
+    block_n, num_stages = 64, 3
+    if dtype == torch.float32 or tile_bytes * num_stages > room // 2:
+        block_n, num_stages = 32, 2
+    num_warps = 8 if block_h * block_d > 64 * 128 else 4
+    return dict(BLOCK_D=block_d, BLOCK_H=block_h, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)
+
+
+MERGE_BLOCK = 16  # splits merged at a time
+_arrived: dict[tuple, torch.Tensor] = {}
+
+
+def _arrival_counters(q: torch.Tensor, count: int) -> torch.Tensor:
+    """Zeroed counters for the one-launch kernel, kept per device and stream since every launch leaves them at zero."""
+    stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
+    counters = _arrived.get((q.device, stream))
+    if counters is None or counters.numel() < count:
+        counters = torch.zeros(max(count, 1024), dtype=torch.int32, device=q.device)
+        if not (q.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph's memory must not outlive it
+            _arrived[q.device, stream] = counters
+    return counters
+
+
+def _launch_merge(part_o, part_lse, o, lse) -> None:
+    batch, num_q_heads, num_splits, head_dim = part_o.shape
+    _merge_kernel[(num_q_heads, batch)](
+        part_o, *part_o.stride(), part_lse, *part_lse.stride(), o, *o.stride(), lse, *lse.stride(), num_splits,
+        HEAD_DIM=head_dim, BLOCK_D=block_dim(head_dim), BLOCK_S=MERGE_BLOCK, num_warps=4,
+    )  # fmt: skip
+
+
+def merge(part_o, part_lse):
+    """Combine partial attentions over disjoint sets of keys, exactly. As `labkit.flash_decoding.merge`, fp32 only.
+
+    part_o [B, Hq, S, D], part_lse [B, Hq, S] fp32. Returns o [B, Hq, D], lse [B, Hq] fp32; all splits empty: 0, -inf.
+    """
+    batch, num_q_heads, _, head_dim = args.merge(part_o, part_lse)
+    o, lse = part_o.new_empty(batch, num_q_heads, head_dim), part_lse.new_empty(batch, num_q_heads)
+    if o.numel():
+        _launch_merge(part_o, part_lse, o, lse)
+    return o, lse
+
+
+def flash_decoding(q, k, v, kv_lens, *, num_splits=None, sm_scale=None, one_launch=False):
+    """Attention of one new token a sequence, with the keys of every sequence cut into num_splits pieces.
+
+    q [B, Hq, D]; k, v [B, L, Hkv, D], Hq a multiple of Hkv, any strides; fp16, bf16 or fp32; D up to 256.
+    kv_lens [B] int32 on q's device: sequence b reads keys [0, kv_lens[b]). sm_scale defaults to D ** -0.5.
+    num_splits 1 is FlashAttention-2's decoding (one program a KV head); None leaves it to `labkit.splits.choose`.
+    one_launch: the last program to arrive merges, instead of a second kernel.
+
+    Returns o [B, Hq, D] in q.dtype and lse [B, Hq] fp32 (natural log); a sequence without keys gives 0 and -inf.
+    Raises ValueError naming the argument. Source: Dao, Haziza, Massa, Sizov, "Flash-Decoding for long-context
+    inference" (2023); FlashAttention-2's flash_fwd_splitkv kernels.
+    """
+    batch, num_q_heads, num_kv_heads, max_kv_len, head_dim = args.decode(q, k, v, kv_lens)
+    args.num_splits(num_splits)
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(batch, num_q_heads, dtype=torch.float32, device=q.device)
+    if batch == 0:
+        return o, lse
+    if num_splits is None:
+        num_sms = device_properties()["multiprocessor_count"]
+        num_splits = splits.choose(batch * num_kv_heads, num_sms, max_kv_len, head_dim)
+    group = num_q_heads // num_kv_heads
+    config = split_config(q.dtype, head_dim, group)
+    inputs = (q, *q.stride(), k, *k.stride(), v, *v.stride(), kv_lens.contiguous())
+    sizes = (max_kv_len, num_splits, group, args.scale(sm_scale, head_dim) * LOG2E.value)
+    grid = (num_splits, num_kv_heads, batch)
+    if num_splits == 1:  # no partial results: write the output at once
+        _split_kernel[grid](
+            *inputs, o, o.stride(0), o.stride(1), 0, o.stride(2), lse, *lse.stride(), 0, *sizes,
+            HEAD_DIM=head_dim, **config,
+        )  # fmt: skip
+        return o, lse
+    part_o, part_lse = empty_parts(q, num_splits)
+    parts = (part_o, *part_o.stride(), part_lse, *part_lse.stride())
+    if one_launch:
+        _one_launch_kernel[grid](
+            *inputs, *parts, o, *o.stride(), lse, *lse.stride(), _arrival_counters(q, batch * num_kv_heads), *sizes,
+            HEAD_DIM=head_dim, BLOCK_S=MERGE_BLOCK, **config,
+        )  # fmt: skip
+    else:
+        _split_kernel[grid](*inputs, *parts, *sizes, HEAD_DIM=head_dim, **config)
+        _launch_merge(part_o, part_lse, o, lse)
+    return o, lse

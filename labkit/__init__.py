@@ -1,0 +1,1 @@
+"""Reference implementations in plain torch, one file a topic, and the lab's shared tools. Never imports `kernels`."""

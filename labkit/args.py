@@ -1,0 +1,111 @@
+"""Argument checks. Every public function calls these first, so that bad input fails before anything is touched.
+
+Shapes, dtypes and devices are always checked. Values of integer tensors (`kv_lens`, `block_table`, ...) are checked
+when they live on the CPU; on a GPU that would force a synchronisation, so there they are checked only under
+LAB_CHECK=1 and the kernels clamp or ignore what is out of range.
+"""
+
+import os
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+REFERENCE_FLOATS = (*FLOATS, torch.float64)  # the references also run in fp64: that is the truth of every test
+MAX_HEAD_DIM = 256
+
+
+def expect(ok: bool, name: str, got, expected: str) -> None:
+    """Raise ValueError naming the argument, what came and what was expected, unless ok."""
+    if not ok:
+        raise ValueError(f"{name}: got {got}, expected {expected}")
+
+
+def tensor(name: str, x, shape: tuple, like: torch.Tensor | None = None, dtypes=None, dtype=None) -> None:
+    """x is a tensor of this shape (an int is fixed, a string names a free size) with one of these dtypes.
+
+    like: x must be on its device. dtype: exactly this one; dtypes: one of these.
+    """
+    expect(isinstance(x, torch.Tensor), name, type(x).__name__, "a tensor")
+    fits = x.ndim == len(shape) and all(not isinstance(n, int) or n == m for n, m in zip(shape, x.shape))
+    expect(fits, f"{name} (shape)", tuple(x.shape), "[" + ", ".join(map(str, shape)) + "]")
+    allowed = (dtype,) if dtype is not None else dtypes
+    if allowed is not None:
+        expect(x.dtype in allowed, f"{name} (dtype)", x.dtype, " or ".join(map(str, allowed)))
+    if like is not None:
+        expect(x.device == like.device, f"{name} (device)", x.device, str(like.device))
+
+
+def checks_values(x: torch.Tensor) -> bool:
+    """Whether the values of an integer tensor may be looked at (see the module's docstring)."""
+    return x.device.type == "cpu" or os.environ.get("LAB_CHECK") == "1"
+
+
+def in_range(name: str, x: torch.Tensor, low: int, high: int) -> None:
+    """low <= x <= high for every value, where values may be looked at."""
+    if x.numel() and checks_values(x):
+        got = (int(x.min()), int(x.max()))
+        expect(low <= got[0] and got[1] <= high, name, f"values from {got[0]} to {got[1]}", f"{low} to {high}")
+
+
+def head_dim(name: str, dim: int) -> None:
+    expect(1 <= dim <= MAX_HEAD_DIM, f"{name} (head_dim)", dim, f"1 to {MAX_HEAD_DIM}")
+
+
+def heads(num_q_heads: int, num_kv_heads: int) -> int:
+    """The group: how many query heads share one KV head."""
+    ok = num_kv_heads > 0 and num_q_heads > 0 and num_q_heads % num_kv_heads == 0
+    expect(ok, "q (heads)", f"{num_q_heads} query heads for {num_kv_heads} KV heads", "a positive multiple")
+    return num_q_heads // num_kv_heads
+
+
+def scale(sm_scale: float | None, dim: int) -> float:
+    """sm_scale, or its default head_dim ** -0.5."""
+    return dim**-0.5 if sm_scale is None else float(sm_scale)
+
+
+def decode(q, k, v, kv_lens, dtypes=FLOATS) -> tuple[int, int, int, int, int]:
+    """Check the arguments of a decode step: q [B, Hq, D]; k, v [B, L, Hkv, D]; kv_lens [B] int32.
+
+    Returns (B, Hq, Hkv, L, D).
+    """
+    tensor("q", q, ("batch", "num_q_heads", "head_dim"), dtypes=dtypes)
+    batch, num_q_heads, dim = q.shape
+    head_dim("q", dim)
+    tensor("k", k, (batch, "max_kv_len", "num_kv_heads", dim), like=q, dtype=q.dtype)
+    tensor("v", v, tuple(k.shape), like=q, dtype=q.dtype)
+    _, max_kv_len, num_kv_heads, _ = k.shape
+    heads(num_q_heads, num_kv_heads)
+    tensor("kv_lens", kv_lens, (batch,), like=q, dtype=torch.int32)
+    in_range("kv_lens", kv_lens, 0, max_kv_len)
+    return batch, num_q_heads, num_kv_heads, max_kv_len, dim
+
+
+def num_splits(count: int | None) -> None:
+    expect(count is None or (isinstance(count, int) and count >= 1), "num_splits", count, "None or an int >= 1")
+
+
+def prefill(q, k, v, kv_lens, causal, window, num_sinks, dtypes=FLOATS) -> tuple[int, int, int, int, int, int]:
+    """Check the arguments of `attention`: q [B, T, Hq, D]; k, v [B, L, Hkv, D]. Returns (B, T, Hq, Hkv, L, D)."""
+    tensor("q", q, ("batch", "q_len", "num_q_heads", "head_dim"), dtypes=dtypes)
+    batch, q_len, num_q_heads, dim = q.shape
+    head_dim("q", dim)
+    tensor("k", k, (batch, "max_kv_len", "num_kv_heads", dim), like=q, dtype=q.dtype)
+    tensor("v", v, tuple(k.shape), like=q, dtype=q.dtype)
+    _, max_kv_len, num_kv_heads, _ = k.shape
+    heads(num_q_heads, num_kv_heads)
+    if kv_lens is not None:
+        tensor("kv_lens", kv_lens, (batch,), like=q, dtype=torch.int32)
+        in_range("kv_lens", kv_lens, 0, max_kv_len)
+    if window is not None:
+        expect(isinstance(window, int) and window >= 1, "window", window, "None or an int >= 1")
+        expect(causal, "window", f"{window} with causal=False", "causal=True")
+    expect(isinstance(num_sinks, int) and num_sinks >= 0, "num_sinks", num_sinks, "an int >= 0")
+    return batch, q_len, num_q_heads, num_kv_heads, max_kv_len, dim
+
+
+def merge(part_o, part_lse, dtypes=(torch.float32,)) -> tuple[int, int, int, int]:
+    """Check the arguments of `merge`: part_o [B, Hq, S, D]; part_lse [B, Hq, S]. Returns (B, Hq, S, D)."""
+    tensor("part_o", part_o, ("batch", "num_q_heads", "num_splits", "head_dim"), dtypes=dtypes)
+    tensor("part_lse", part_lse, tuple(part_o.shape[:3]), like=part_o, dtype=part_o.dtype)
+    expect(part_o.shape[2] >= 1, "part_o (num_splits)", 0, "at least 1")
+    return tuple(part_o.shape)

@@ -1,0 +1,103 @@
+import numpy as np
+import pytest
+import torch
+
+import kernels.attention
+from labkit.attention import attention
+from labkit.check import BF16, F16, F32, assert_matches, randn
+
+# (q_len, max_kv_len, q heads, kv heads, head_dim, dtype, arguments)
+CASES = {
+    "square, bf16": (130, 130, 2, 1, 64, BF16, {}),
+    "one query, one key": (1, 1, 2, 2, 32, F32, {}),
+    "edge 127": (127, 127, 1, 1, 64, F16, {}),
+    "edge 128": (128, 128, 1, 1, 128, BF16, {}),
+    "edge 129": (129, 129, 1, 1, 80, F32, {}),
+    "chunk after a prefix": (33, 150, 4, 2, 64, BF16, {}),
+    "decode as a chunk of one": (1, 200, 4, 1, 64, F32, {}),
+    "more queries than keys": (70, 20, 2, 2, 64, F32, {}),
+    "no keys": (5, 0, 2, 2, 64, F32, {}),
+    "no queries": (0, 8, 2, 2, 64, F32, {}),
+    "not causal": (40, 99, 2, 1, 96, F16, dict(causal=False)),
+    "ragged": (65, 140, 2, 1, 64, BF16, dict(kv_lens=(140, 65, 64, 1, 0))),
+    "ragged, not causal": (20, 90, 2, 2, 64, F32, dict(kv_lens=(90, 0, 33), causal=False)),
+    "window": (100, 100, 2, 1, 64, F32, dict(window=17)),
+    "window of one": (40, 60, 1, 1, 64, F32, dict(window=1)),
+    "window wider than all": (50, 50, 1, 1, 64, BF16, dict(window=1000)),
+    "window and sinks": (150, 150, 2, 1, 64, BF16, dict(window=20, num_sinks=4)),
+    "window meets sinks": (90, 120, 2, 2, 64, F32, dict(window=60, num_sinks=50)),
+    "sinks without window": (40, 40, 1, 1, 64, F32, dict(num_sinks=4)),
+    "ragged window and sinks": (70, 200, 2, 1, 64, F16, dict(window=33, num_sinks=5, kv_lens=(200, 71, 30))),
+    "head_dim 256": (40, 70, 1, 1, 256, BF16, {}),
+    "other scale": (40, 40, 1, 1, 64, F32, dict(sm_scale=1.0)),
+}
+
+
+def tensors(q_len, max_kv_len, num_q_heads, num_kv_heads, head_dim, dtype, given, device, strided=False):
+    rng = np.random.default_rng(0)
+    given = dict(given)
+    lens = given.pop("kv_lens", None)
+    batch = 1 if lens is None else len(lens)
+    q = randn(rng, batch, q_len, num_q_heads, head_dim, dtype=dtype, device=device)
+    k, v = (randn(rng, batch, max_kv_len, num_kv_heads, head_dim, dtype=dtype, device=device) for _ in "kv")
+    if strided:  # [B, H, T, D] seen as [B, T, H, D]
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    if lens is not None:
+        for b, n in enumerate(lens):
+            k[b, n:] = v[b, n:] = float("nan")
+        given["kv_lens"] = torch.tensor(lens, dtype=torch.int32, device=device)
+    return q, k, v, given
+
+
+STRIDED = ("square, bf16", "ragged window and sinks", "edge 129")
+
+
+@pytest.mark.parametrize(
+    "case, strided",
+    [(case, False) for case in CASES] + [(case, True) for case in STRIDED],
+    ids=[*CASES, *(f"{case}, strided" for case in STRIDED)],
+)
+def test_kernel(case, strided, device):
+    q, k, v, given = tensors(*CASES[case], device, strided)
+    got = kernels.attention.attention(q, k, v, **given)
+    assert_matches(got, attention, q, k, v, **given)
+
+
+def test_reference_equals_torch():
+    q, k, v, _ = tensors(9, 9, 4, 2, 16, F32, {}, "cpu")
+    want = torch.nn.functional.scaled_dot_product_attention(
+        *(x.double().transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True
+    ).transpose(1, 2)
+    torch.testing.assert_close(attention(q.double(), k.double(), v.double()), want)
+
+
+def test_window_counts_the_token_itself():
+    """With v a one-hot of its position, the output shows which keys a query saw."""
+    q, k = torch.zeros(1, 6, 1, 6), torch.zeros(1, 6, 1, 6)
+    seen = attention(q, k, torch.eye(6).reshape(1, 6, 1, 6), window=2, num_sinks=1)[0, :, 0] > 0
+    want = [[0], [0, 1], [0, 1, 2], [0, 2, 3], [0, 3, 4], [0, 4, 5]]
+    assert [row.nonzero().flatten().tolist() for row in seen] == want
+
+
+@pytest.mark.parametrize("function", [kernels.attention.attention, attention], ids=["kernel", "reference"])
+@pytest.mark.parametrize(
+    "name, changed",
+    [
+        ("q", dict(q=(2, 3, 64))),
+        ("q", dict(q=(1, 3, 5, 64))),
+        ("k", dict(k=(1, 8, 2, 32))),
+        ("v", dict(v=(1, 7, 2, 64))),
+        ("kv_lens", dict(kv_lens=torch.tensor([9], dtype=torch.int32))),
+        ("kv_lens", dict(kv_lens=torch.tensor([1, 2], dtype=torch.int32))),
+        ("window", dict(window=0)),
+        ("window", dict(window=4, causal=False)),
+        ("num_sinks", dict(num_sinks=-1)),
+    ],
+)
+def test_bad_input_is_named(function, name, changed, device, monkeypatch):
+    monkeypatch.setenv("LAB_CHECK", "1")
+    given = dict(q=(1, 3, 4, 64), k=(1, 8, 2, 64), v=(1, 8, 2, 64)) | changed
+    given = {n: torch.zeros(x) if isinstance(x, tuple) else x for n, x in given.items()}
+    given = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in given.items()}
+    with pytest.raises(ValueError, match=f"^{name}\\b.*got .* expected "):
+        function(given.pop("q"), given.pop("k"), given.pop("v"), **given)

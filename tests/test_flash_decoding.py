@@ -1,0 +1,168 @@
+import hashlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import kernels.flash_decoding as fd
+from labkit import flash_decoding as ref
+from labkit import splits
+from labkit.attention import decode_attention
+from labkit.check import DECODE_CASES, DecodeCase, assert_matches, randn
+
+
+@pytest.mark.parametrize("case", DECODE_CASES, ids=lambda c: c.name)
+def test_kernel(case, device, monkeypatch):
+    nan_in_fresh_memory(monkeypatch)
+    q, k, v, kv_lens = case.tensors(device)
+    got = fd.flash_decoding(q, k, v, kv_lens, num_splits=case.num_splits, sm_scale=case.sm_scale)
+    assert_matches(got, decode_attention, q, k, v, kv_lens, sm_scale=case.sm_scale)
+
+
+def nan_in_fresh_memory(monkeypatch):
+    """An output that a kernel forgets to write is NaN, not a lucky leftover."""
+    empty, empty_like = torch.empty, torch.empty_like
+    fill = lambda x: x.fill_(float("nan")) if x.is_floating_point() else x  # noqa: E731
+    monkeypatch.setattr(torch, "empty", lambda *a, **kw: fill(empty(*a, **kw)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **kw: fill(empty_like(*a, **kw)))
+
+
+ONE_LAUNCH = [c for c in DECODE_CASES if c.num_splits != 1 and any(w in c.name for w in ("ragged", "empty", "group"))]
+
+
+@pytest.mark.parametrize("case", ONE_LAUNCH, ids=lambda c: c.name)
+def test_one_launch(case, device, monkeypatch):
+    nan_in_fresh_memory(monkeypatch)
+    q, k, v, kv_lens = case.tensors(device)
+    for _ in range(2):  # the arrival counters must be back at zero
+        got = fd.flash_decoding(q, k, v, kv_lens, num_splits=case.num_splits or 3, one_launch=True)
+        assert_matches(got, decode_attention, q, k, v, kv_lens)
+
+
+@pytest.mark.parametrize("case", DECODE_CASES, ids=lambda c: c.name)
+def test_reference_equals_plain_attention(case):
+    q, k, v, kv_lens = (x.nan_to_num(0.0) if x.is_floating_point() else x for x in case.tensors())
+    got = ref.flash_decoding(q, k, v, kv_lens, num_splits=case.num_splits, sm_scale=case.sm_scale)
+    assert_matches(got, decode_attention, q, k, v, kv_lens, sm_scale=case.sm_scale)
+
+
+def test_reference_equals_torch():
+    """The witness itself is checked against torch's own attention, which also fixes the order of heads in a group."""
+    q, k, v, kv_lens = DecodeCase("", (40, 40), num_q_heads=6, num_kv_heads=2).tensors()
+    o, lse = decode_attention(q.double(), k.double(), v.double(), kv_lens)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q.double()[:, :, None], k.double().transpose(1, 2), v.double().transpose(1, 2), enable_gqa=True
+    )[:, :, 0]
+    torch.testing.assert_close(o, want)
+    scores = torch.einsum("bhd,blhd->bhl", q.double(), k.double().repeat_interleave(3, 2)) / 8
+    torch.testing.assert_close(lse, scores.exp().sum(-1).log())
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 16, 17, 40])
+def test_merge(num_splits, device):
+    rng = np.random.default_rng(num_splits)
+    part_o = randn(rng, 2, 3, num_splits, 80, device=device)
+    part_lse = randn(rng, 2, 3, num_splits, device=device) * 30
+    part_lse[0, 0, : num_splits // 2] = float("-inf")
+    part_lse[1, 1] = float("-inf")  # nothing to merge: 0 and -inf
+    assert_matches(fd.merge(part_o, part_lse), ref.merge, part_o, part_lse)
+    strided = part_o.transpose(0, 1).contiguous().transpose(0, 1)
+    assert_matches(fd.merge(strided, part_lse), ref.merge, part_o, part_lse)
+
+
+def test_online_softmax_is_softmax():
+    rng = np.random.default_rng(0)
+    scores, values = randn(rng, 50) * 10, randn(rng, 50, 4)
+    *_, (m, l, acc) = ref.online_softmax(scores, values)
+    assert m == scores.max()
+    torch.testing.assert_close(acc / l, scores.softmax(0) @ values)
+
+
+def test_split_bounds_cover_every_key_once():
+    for kv_len in (0, 1, 63, 64, 65, 1000):
+        for num_splits in (1, 2, 3, 7, 50):
+            cuts = splits.bounds(kv_len, num_splits, 64)
+            assert len(cuts) == num_splits
+            assert [key for start, end in cuts for key in range(start, end)] == list(range(kv_len))
+
+
+# FlashAttention-2 on an A100 (2 * 108 slots) and an H200 (2 * 132), 2 KV heads, head_dim 128; the C++ prints these.
+FA2_SPLITS = {512: (4, 4), 1024: (8, 8), 4096: (32, 32), 16384: (64, 128), 65536: (103, 128), 131072: (94, 114)}
+
+
+@pytest.mark.parametrize("kv_len", FA2_SPLITS)
+def test_split_rule_is_flash_attentions(kv_len):
+    got = tuple(splits.num_splits_heuristic(2, 2 * sms, kv_len // 128) for sms in (108, 132))
+    assert got == FA2_SPLITS[kv_len]
+
+
+def test_split_rule_on_a_grid():
+    """The digest is of what the C++ rule, compiled with g++, returns for these arguments."""
+    tiles, sms, blocks = range(1, 220, 3), (108, 132, 216, 264), (1, 2, 5, 13, 32, 100, 128, 512, 1000)
+    got = bytes(splits.num_splits_heuristic(t, s, n) for s in sms for t in tiles for n in blocks)
+    assert hashlib.sha256(got).hexdigest() == "40cd69b4bd8570767974c148c256378a9578adf4fff9601f61b4f5e4b80aa048"
+
+
+def test_split_rule_edges():
+    assert splits.num_splits_heuristic(173, 216, 64) == 1  # 0.8 * 216 = 172.8 slots are filled
+    assert splits.num_splits_heuristic(172, 216, 64) == 5
+    assert splits.num_splits_heuristic(1, 216, 0) == splits.num_splits_heuristic(0, 216, 64) == 1
+    assert splits.num_splits_heuristic(1, 216, 10_000, max_splits=5) == 5
+
+
+GOOD = dict(q=(2, 4, 64), k=(2, 32, 2, 64), v=(2, 32, 2, 64), kv_lens=torch.tensor([3, 32], dtype=torch.int32))
+BAD = {
+    "q: two dimensions": ("q", dict(q=(4, 64))),
+    "q: not a tensor": ("q", dict(q=[1.0])),
+    "q: integers": ("q", dict(q=torch.zeros(2, 4, 64, dtype=torch.int32))),
+    "q: fp64": ("q", dict(q=torch.zeros(2, 4, 64, dtype=torch.float64))),
+    "heads do not divide": ("q", dict(q=(2, 5, 64))),
+    "no KV heads": ("q", dict(k=(2, 32, 0, 64), v=(2, 32, 0, 64))),
+    "head_dim too large": ("q", dict(q=(2, 4, 257), k=(2, 32, 2, 257), v=(2, 32, 2, 257))),
+    "k: other batch": ("k", dict(k=(3, 32, 2, 64))),
+    "k: other head_dim": ("k", dict(k=(2, 32, 2, 32))),
+    "k: other dtype": ("k", dict(k=torch.zeros(2, 32, 2, 64, dtype=torch.float16))),
+    "k: other device": ("k", dict(k=torch.zeros(2, 32, 2, 64, device="meta"))),
+    "v: other length": ("v", dict(v=(2, 31, 2, 64))),
+    "kv_lens: int64": ("kv_lens", dict(kv_lens=torch.tensor([3, 32]))),
+    "kv_lens: other batch": ("kv_lens", dict(kv_lens=torch.tensor([3], dtype=torch.int32))),
+    "kv_lens: negative": ("kv_lens", dict(kv_lens=torch.tensor([-1, 32], dtype=torch.int32))),
+    "kv_lens: too long": ("kv_lens", dict(kv_lens=torch.tensor([3, 33], dtype=torch.int32))),
+    "num_splits: zero": ("num_splits", dict(num_splits=0)),
+    "num_splits: float": ("num_splits", dict(num_splits=2.0)),
+}
+
+
+@pytest.mark.parametrize("function", [fd.flash_decoding, ref.flash_decoding], ids=["kernel", "reference"])
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(case, function, device, monkeypatch):
+    monkeypatch.setenv("LAB_CHECK", "1")  # look at values also where they live on a GPU
+    name, changed = BAD[case]
+    if function is ref.flash_decoding and case == "q: fp64":
+        name = "k"  # the reference takes fp64, but not mixed with fp32
+    given = GOOD | changed
+    given = {n: torch.zeros(x) if isinstance(x, tuple) else x for n, x in given.items()}
+    given = {n: x.to(device) if getattr(x, "device", None) == torch.device("cpu") else x for n, x in given.items()}
+    with pytest.raises(ValueError, match=f"^{name}\\b.*got .* expected "):
+        function(given.pop("q"), given.pop("k"), given.pop("v"), given.pop("kv_lens"), **given)
+
+
+def test_cast_rounds_to_nearest_even(device):
+    """Around bf16 values and at the ties, through the kernel's own cast: one split merged is a copy of part_o."""
+    bits = torch.arange(0, 2**16, 7, dtype=torch.int32)[:9216]
+    for low in (0, 0x7FFF, 0x8000, 0x8001):
+        x = ((bits << 16) | low).view(torch.float32)
+        part_o = x.nan_to_num(0.0, 0.0, 0.0).reshape(1, 36, 1, 256).to(device)
+        out = torch.empty(1, 36, 256, dtype=torch.bfloat16, device=device)
+        fd._launch_merge(part_o, torch.zeros(1, 36, 1, device=device), out, torch.empty(1, 36, device=device))
+        assert torch.equal(out, part_o[:, :, 0].to(torch.bfloat16))
+
+
+def test_too_late_import_is_explained():
+    code = "import triton.language, os; os.environ['TRITON_INTERPRET'] = '1'; import kernels.flash_decoding"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert "too late: Triton was imported before `kernels`" in done.stderr, done.stderr
