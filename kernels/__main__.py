@@ -1,0 +1,174 @@
+"""`python -m kernels record | codegen | experiments`: the one program that imports both kernels and labkit.
+
+record [topic ...]        measure every case on this GPU into labkit/results/<gpu>/, in at most 8 minutes
+record --dry [topic ...]  go through every case for correctness, on tiny sizes, anywhere; writes nothing
+codegen [topic ...]       compile every kernel ahead of time and judge what the compiler made of it
+experiments [name ...]    run the long CPU experiments into labkit/results/cpu/
+"""
+
+import argparse
+import importlib
+import importlib.util
+import pkgutil
+import signal
+import sys
+import time
+from dataclasses import replace
+
+import kernels
+from labkit import bench, codegen, record
+from labkit.comparison import Comparison
+
+SECONDS = 470.0
+RESERVE = 10.0  # for the last copy and the tables
+
+
+def topics(declares: str) -> dict:
+    """{topic: labkit module} of the kernel files whose twin in labkit declares this function. No list to keep."""
+    names = sorted(m.name for m in pkgutil.iter_modules(kernels.__path__) if not m.name.startswith("_"))
+    modules = {n: importlib.import_module(f"labkit.{n}") for n in names if importlib.util.find_spec(f"labkit.{n}")}
+    return {name: module for name, module in modules.items() if hasattr(module, declares)}
+
+
+def chosen(known, wanted) -> list[str]:
+    """The wanted names, all if none; leaves the program if one is not known."""
+    for name in wanted:
+        if name not in known:
+            sys.exit(f"{name!r} is not known; there are: {', '.join(known) or 'none'}")
+    return list(wanted or known)
+
+
+def ops(topic):
+    return importlib.import_module(f"kernels.{topic}")
+
+
+def dry(names) -> int:
+    """Check every case on tiny sizes. 1 if one of our kernels fails or a peer is wrong."""
+    machine, bad = bench.Machine(kernels.DEVICE, record.stamp(kernels.DEVICE)), 0
+    for topic in names:
+        for case in bench.topic_cases(topic, tiny=True):
+            print(f"{topic}: {case.name}")
+            for row in bench.measure(topic, case, ops(topic), machine):
+                failed = not row.verdict.startswith("ok") and (row.source_hash or row.verdict.startswith("wrong"))
+                bad += bool(failed)
+                print(f"  {'FAILED ' if failed else ''}{row.provider}: {row.verdict}", flush=True)
+    print(f"Dry run: {bad} failed. Nothing was timed, nothing written.")
+    return int(bad > 0)
+
+
+class TimeIsUp(BaseException):
+    """The run must end now. Not an Exception: `measure` takes those for a provider's own."""
+
+
+class Recording:
+    """One run: the limits first, then the cases, each case saved when it is done, the copy once more at the end."""
+
+    def __init__(self, names, machine, seconds):
+        self.machine, self.end = machine, time.monotonic() + seconds - RESERVE
+        self.cases = {topic: bench.topic_cases(topic) for topic in names}
+        self.folder = record.RESULTS / record.slug(machine.shared["device"])
+        self.ceilings = bench.measure_ceilings("", machine)
+
+    def save(self, topic, rows):
+        """Add rows to the topic's file; what is there of cases that no longer exist goes."""
+        path = self.folder / f"{topic}.json"
+        known = {case.name for case in self.cases[topic]} | {record.CEILING}
+        old = [row for row in record.load(path) if row.case in known] if path.exists() else []
+        record.save(record.update(old, [replace(row, topic=topic) for row in rows]), path)
+
+    def measure(self, topic, case):
+        start = time.monotonic()
+        rows = bench.measure(topic, case, ops(topic), self.machine)
+        self.save(topic, self.ceilings + rows)
+        ran = sum(row.ran for row in rows)
+        print(f"{topic}: {case.name}: {ran} of {len(rows)} timed, {time.monotonic() - start:.1f} s", flush=True)
+
+    def run(self):
+        """Every section gets its share of the time that is left; what it had to skip is tried again at the end."""
+        groups = {}
+        for topic, cases in self.cases.items():
+            for case in cases:
+                groups.setdefault((topic, case.section), []).append(case)
+        left, skipped = sum(map(len, groups.values())), []
+        for (topic, _), cases in groups.items():
+            now = time.monotonic()
+            until = now + (self.end - now) * len(cases) / left
+            left -= len(cases)
+            for case in cases:
+                if time.monotonic() < until:
+                    self.measure(topic, case)
+                else:
+                    skipped.append((topic, case))
+        for topic, case in skipped:
+            if time.monotonic() < self.end:
+                self.measure(topic, case)
+            else:
+                print(f"{topic}: {case.name}: SKIPPED, the time was spent; an older record of it stays", flush=True)
+        again = bench.measure_ceilings("", self.machine, only="copy", suffix=" again")
+        for topic in self.cases:
+            if (self.folder / f"{topic}.json").exists():
+                self.save(topic, again)
+
+    def tables(self):
+        for topic, cases in self.cases.items():
+            rows = record.find(topic, self.machine.shared["device"])
+            print(f"\n== {topic}\n{Comparison(topic, cases, rows, bench.hashes(cases, ops(topic)))}")
+
+
+def record_topics(names, seconds=SECONDS) -> int:
+    machine = bench.this_gpu()
+    if machine is None:
+        print("No usable GPU here: nothing was measured. `make record DRY=1` checks every case without one.")
+        return 1
+
+    def stop(*_):
+        raise TimeIsUp
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    recording = None
+    try:
+        recording = Recording(names, machine, seconds)
+        recording.run()
+    except TimeIsUp:
+        print(f"STOPPED after {seconds:.0f} s in the middle of a case; all finished cases are saved.")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    if recording:
+        recording.tables()
+    return 0
+
+
+def compile_topics(names) -> int:
+    """1 if the gate fails for one of the topics."""
+    bad = 0
+    for topic in names:
+        report = codegen.report(topic)
+        bad += sum(bool(row["problems"]) for row in report.rows)
+        print(f"== {topic}\n{report}\n", flush=True)
+    return int(bad > 0)
+
+
+def run_experiments(wanted) -> int:
+    known = {name: e for module in topics("experiments").values() for name, e in module.experiments().items()}
+    for name in chosen(known, wanted):
+        print(record.run_experiment(name, known[name]), flush=True)
+    return 0
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser("kernels", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("command", choices=("record", "codegen", "experiments"))
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--dry", action="store_true", help="with record: check, do not measure")
+    options = parser.parse_intermixed_args(arguments)
+    if options.command == "experiments":
+        return run_experiments(options.names)
+    names = chosen(topics("cases" if options.command == "record" else "codegen_cases"), options.names)
+    if options.command == "codegen":
+        return compile_topics(names)
+    return dry(names) if options.dry else record_topics(names)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""What measured rows say: times, shares of the device's limit, ratios to each peer, as figures and as a table."""
+
+import html
+import math
+
+import numpy as np
+
+from labkit.record import CEILING, Row
+from labkit.timing import MATMUL_FLOPS
+
+TIE = 0.02  # a smaller difference is no difference
+
+
+class Comparison:
+    """Measured rows of some cases, and the figures that a text or a plot needs: None where nothing was measured.
+
+    A case is given by its name; provider None means the kernel itself, `case.op`. Printed or shown in a notebook it
+    is a table a section, with losses as plain as wins, and where the figures come from.
+    """
+
+    def __init__(self, topic, cases, rows, hashes, live=False):
+        """cases: `labkit.bench.Case`s; rows of other cases are left out. hashes: of the kernels as they are now."""
+        self.topic, self.live = topic, live
+        self.cases = {case.name: case for case in cases}
+        self.rows = [row for row in rows if row.case in self.cases or row.case == CEILING]
+        self._rows = {(row.case, row.provider): row for row in self.rows if row.case != CEILING}
+        self._ceilings = {(row.date, row.provider): row for row in self.rows if row.case == CEILING}
+        own = {key: row.source_hash for key, row in self._rows.items() if row.source_hash}
+        self.changed = sorted({name for (case, name), h in own.items() if hashes.get((case, name)) != h})
+
+    def row(self, case, provider=None) -> Row | None:
+        return self._rows.get((case, provider or self.cases[case].op))
+
+    def us(self, case, provider=None) -> float | None:
+        """Median microseconds a call."""
+        row = self.row(case, provider)
+        return float(np.median(row.us)) if row and row.ran else None
+
+    def spread(self, case, provider=None) -> tuple[float, float] | None:
+        """20th and 80th percentile, microseconds."""
+        row = self.row(case, provider)
+        return tuple(float(x) for x in np.percentile(row.us, (20, 80))) if row and row.ran else None
+
+    def gbs(self, case, provider=None) -> float | None:
+        """The bytes that have to be moved / time, GB/s."""
+        us = self.us(case, provider)
+        return us and self.cases[case].bytes / us / 1e3
+
+    def tflops(self, case, provider=None) -> float | None:
+        us = self.us(case, provider)
+        return us and self.cases[case].flops / us / 1e6
+
+    def floor(self, case) -> float | None:
+        """Microseconds that the bytes need at the copy's bandwidth, or the flops at the matmul's rate if longer.
+
+        Both were measured in the run that measured the case.
+        """
+        date = next((row.date for row in self._rows.values() if row.case == case), None)
+        copy, matmul = self._ceilings.get((date, "copy")), self._ceilings.get((date, "matmul"))
+        if not copy:
+            return None
+        compute = self.cases[case].flops / MATMUL_FLOPS * np.median(matmul.us) if matmul else 0.0
+        return float(max(self.cases[case].bytes / copy.bytes * np.median(copy.us), compute))
+
+    def share(self, case, provider=None) -> float | None:
+        """Share of the measured limit that is reached: floor / time."""
+        us, floor = self.us(case, provider), self.floor(case)
+        return floor / us if us and floor else None
+
+    def ratio(self, case, peer, provider=None) -> float | None:
+        """Time of the peer / time of the kernel: above 1 the kernel is faster."""
+        us, peer_us = self.us(case, provider), self.us(case, peer)
+        return peer_us / us if us and peer_us else None
+
+    def is_tie(self, case, peer, provider=None) -> bool | None:
+        """The difference is below the spread (p80 - p20) of either, or below 2 %."""
+        if self.ratio(case, peer, provider) is None:
+            return None
+        times = self.us(case, provider), self.us(case, peer)
+        spreads = self.spread(case, provider), self.spread(case, peer)
+        return abs(times[0] - times[1]) < max(TIE * min(times), *(p80 - p20 for p20, p80 in spreads))
+
+    def best_peer(self, case) -> str | None:
+        times = {peer: self.us(case, peer) for peer in self.cases[case].peers if self.us(case, peer)}
+        return min(times, key=times.get, default=None)
+
+    def result(self, case) -> str | None:
+        """"1.25x faster than <best peer>", "tie with ...", or "1.10x slower than ..."."""
+        peer = self.best_peer(case)
+        ratio = self.ratio(case, peer) if peer else None
+        if ratio is None:
+            return None
+        if self.is_tie(case, peer):
+            return f"tie with {peer}"
+        return f"{ratio:.2f}x faster than {peer}" if ratio > 1 else f"{1 / ratio:.2f}x slower than {peer}"
+
+    def summary(self, section) -> str:
+        """Against the best peer of every case: geometric mean, worst case, and how many are won, tied and lost."""
+        results = {c: self.result(c) for c in self._section(section) if self.result(c)}
+        if not results:
+            return "No comparison with a peer was measured."
+        ratios = {c: self.ratio(c, self.best_peer(c)) for c in results}
+        mean, worst = math.exp(np.mean(np.log(list(ratios.values())))), min(ratios, key=ratios.get)
+        words = ("x faster than", "tie with", "x slower than")
+        faster, ties, slower = (sum(word in result for result in results.values()) for word in words)
+        return (
+            f"Time of the best peer / ours: geometric mean {mean:.2f}, worst {ratios[worst]:.2f} ({worst}). "
+            f"Faster in {faster} of {len(results)}, a tie in {ties}, slower in {slower}."
+        )
+
+    def provenance(self) -> list[str]:
+        """What was measured, where and when; or that nothing was."""
+        if not self._rows:
+            return [f"Nothing was recorded for {self.topic}: `make record` on a machine with a GPU measures it."]
+        lines = []
+        for row in {row.date: row for row in self._rows.values()}.values():
+            lines.append(
+                f"{'Measured now' if self.live else 'Recorded'} on {row.device}: {row.date} UTC, commit {row.commit}, "
+                f"driver {row.driver}, torch {row.torch}, triton {row.triton}."
+            )
+            limits = [r for (date, _), r in self._ceilings.items() if date == row.date]
+            if limits:
+                lines.append("Limits measured in the same run: " + ", ".join(map(_rate, limits)) + ".")
+            lines += [f"State of the GPU at the start: {r.verdict}." for r in limits if r.verdict]
+        if self.changed:
+            lines.append(f"Changed since it was measured, so the figures are of older code: {', '.join(self.changed)}.")
+        elif not self.live:
+            lines.append("The kernels are unchanged since.")
+        return lines
+
+    def table(self, section) -> list[list[str]]:
+        """Header and one line a case. A peer's cell holds its time and, in brackets, its time / ours."""
+        cases = self._section(section)
+        own = list(dict.fromkeys(n for c in cases for n in (self.cases[c].op, *self.cases[c].variants)))
+        peers = list(dict.fromkeys(n for c in cases for n in self.cases[c].peers))
+        header = ["case", "MB", "limit us"]
+        header += [h for n in own for h in (f"{n} us [p20-p80]", "GB/s", "of limit")]
+        header += [*peers, "against the best peer"]
+        lines = [header]
+        for c in cases:
+            line = [c, f"{self.cases[c].bytes / 1e6:.3g}", _cell(self.floor(c))]
+            for name in own:
+                us, spread, share = self.us(c, name), self.spread(c, name), self.share(c, name)
+                line.append(f"{us:.1f} [{spread[0]:.1f}-{spread[1]:.1f}]" if us else "-")
+                line += [_cell(self.gbs(c, name), ".0f"), _cell(share, ".0%")]
+            for peer in peers:
+                ratio, us = self.ratio(c, peer), _cell(self.us(c, peer))
+                line.append(f"{us} ({ratio:.2f})" if ratio else us)
+            lines.append([*line, self.result(c) or "-"])
+        return lines
+
+    def notes(self, section) -> list[str]:
+        """Everything that was not timed, with the reason and the cases; and what was timed with its launches."""
+        groups = {}
+        for c in self._section(section):
+            rows = [row for (case, _), row in self._rows.items() if case == c]
+            for row in rows:
+                if not row.ran:
+                    groups.setdefault(f"{row.provider}: {row.verdict}", []).append(c)
+                elif row.mode == "eager":
+                    groups.setdefault(f"{row.provider}: timed eagerly, launches included", []).append(c)
+            if not rows:
+                groups.setdefault("not measured", []).append(c)
+        total = len(self._section(section))
+        return [f"{text} ({'all cases' if len(cs) == total else ', '.join(cs)})" for text, cs in groups.items()]
+
+    def _section(self, section) -> list[str]:
+        return [name for name, case in self.cases.items() if case.section == section]
+
+    def _sections(self) -> list[str]:
+        return list(dict.fromkeys(case.section for case in self.cases.values())) if self._rows else []
+
+    def __repr__(self) -> str:
+        lines = []
+        for section in self._sections():
+            table = self.table(section)
+            widths = [max(map(len, column)) for column in zip(*table)]
+            lines += [section] if section else []
+            lines += ["  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in table]
+            lines += [self.summary(section), *self.notes(section), ""]
+        return "\n".join(lines + self.provenance())
+
+    def _repr_html_(self) -> str:
+        parts = []
+        for section in self._sections():
+            head, *body = ([html.escape(cell) for cell in line] for line in self.table(section))
+            parts.append(f"<p><strong>{html.escape(section)}</strong></p>" if section else "")
+            parts.append('<div style="overflow-x: auto"><table><thead><tr>')
+            parts += [f'<th scope="col">{cell}</th>' for cell in head]
+            parts.append("</tr></thead><tbody>")
+            for first, *cells in body:
+                parts.append(f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
+            parts.append(f"</tbody></table></div><p>{html.escape(self.summary(section))}</p>")
+            notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes(section))
+            parts.append(f"<ul>{notes}</ul>" if notes else "")
+        parts.append(f"<p>{'<br>'.join(html.escape(line) for line in self.provenance())}</p>")
+        return "".join(parts)
+
+
+def _cell(value, form=".1f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _rate(row: Row) -> str:
+    us = float(np.median(row.us))
+    if row.provider.startswith("matmul"):
+        return f"{row.provider} {MATMUL_FLOPS / us / 1e6:.0f} TFLOP/s"
+    return f"{row.provider} {row.bytes / us / 1e3:.0f} GB/s"
