@@ -41,7 +41,9 @@ def jit_functions(*roots):
 
 
 def _is_jit(node):
-    return any("jit" in ast.unparse(decorator).split("(")[0] for decorator in getattr(node, "decorator_list", []))
+    return any(
+        "jit" in ast.unparse(decorator).split("(")[0] for decorator in getattr(node, "decorator_list", [])
+    )
 
 
 class _Module:
@@ -130,7 +132,9 @@ def _reach(roots):
                 modules[module_name] = _Module(module_name, Path(inspect.getsourcefile(root)))
             module = modules[module_name]
         if module is None or not visit(module, name):
-            raise ValueError(f"root {module_name}:{name} is not defined at the top level of a file of the lab")
+            raise ValueError(
+                f"root {module_name}:{name} is not defined at the top level of a file of the lab"
+            )
     return found
 
 
