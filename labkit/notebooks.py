@@ -1,4 +1,4 @@
-"""The notebooks' tools: write from a draft, run in a fresh kernel, lint. `python -m labkit.notebooks` lists them.
+"""The notebooks' tools: write from a draft, run in a fresh kernel, lint, test. `python -m labkit.notebooks` lists them.
 
 A draft is Markdown. A fence ```{code-cell} opens a code cell, tags follow on the same line; `+++` alone on a line
 starts a new Markdown cell. `new` turns a draft into a notebook, `draft` turns a notebook back into a draft.
@@ -10,13 +10,19 @@ import hashlib
 import json
 import os
 import re
+import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
-CHAPTERS = Path(__file__).resolve().parent.parent / "chapters"
+ROOT = Path(__file__).resolve().parent.parent
+CHAPTERS, REQUIREMENTS = ROOT / "chapters", ROOT / "requirements.txt"
+PYTHON = (3, 11)  # of the stored outputs
 # One thread and one instruction set, so that the stored outputs are the same on every x86 machine.
 ENV = {
     "OMP_NUM_THREADS": "1",
@@ -148,8 +154,6 @@ def run(path, *, timeout=300):
     Cells tagged `skip-execution` are not run and keep no outputs. The file is written only if no cell failed.
     Raises nbclient.exceptions.CellExecutionError when a cell fails.
     """
-    from nbclient import NotebookClient
-
     if sys.platform == "win32":
         asyncio.set_event_loop_policy(asyncio.WindowsSelectorEventLoopPolicy())
     notebook = tidy(read(path))
@@ -248,6 +252,37 @@ def _lint_outputs(cell, tags):
     return problems
 
 
+# ---- nbval
+
+
+def setup_differs():
+    """Why this set-up is not the one whose outputs are stored: a sentence, or "" where it is the same."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "there is a GPU"
+    if sys.version_info[:2] != PYTHON:
+        return f"Python {sys.version_info[0]}.{sys.version_info[1]}, stored with {PYTHON[0]}.{PYTHON[1]}"
+    pins = dict(re.findall(r"^(torch|triton|numpy)==([\w.]+)", REQUIREMENTS.read_text(encoding="utf-8"), re.MULTILINE))
+    for package, pin in pins.items():
+        try:
+            installed = version(package).split("+")[0]
+        except PackageNotFoundError:
+            installed = "missing"
+        if installed != pin:
+            return f"{package} {installed}, stored with {pin}"
+    return ""
+
+
+def nbval(paths, pytest_args):
+    """Run nbval on the notebooks: strict where the outputs were stored, elsewhere lax. Returns pytest's exit code."""
+    reason = setup_differs()
+    mode = "--nbval-lax" if reason else "--nbval"
+    print(f"nbval: verdict cells only, {reason}" if reason else "nbval: every output is compared", flush=True)
+    command = [sys.executable, "-m", "pytest", mode, "--nbval-cell-timeout=120", "-p", "no:cacheprovider", *pytest_args]
+    return subprocess.run([*command, *map(str, paths)], env={**os.environ, **ENV}).returncode
+
+
 # ---- command line
 
 
@@ -257,6 +292,9 @@ def main(argv=None):
     for name, text in (("run", "execute and store the outputs"), ("lint", "check"), ("tidy", "canonical form only")):
         command = commands.add_parser(name, help=text)
         command.add_argument("files", nargs="*", type=Path, help="notebooks; default: all chapters")
+    command = commands.add_parser("test", help="nbval: strict on the pinned set-up without a GPU, elsewhere lax")
+    command.add_argument("-n", dest="jobs", default="0", help="processes, one notebook each")
+    command.add_argument("files", nargs="*", type=Path, help="notebooks; default: all chapters")
     for name, text in (("new", "draft -> notebook without outputs"), ("draft", "notebook -> draft")):
         command = commands.add_parser(name, help=text)
         command.add_argument("source", type=Path)
@@ -267,11 +305,19 @@ def main(argv=None):
     elif args.command == "draft":
         args.target.write_text(to_draft(read(args.source)), encoding="utf-8")
     failed = 0
-    for path in (args.files or sorted(CHAPTERS.glob("*.ipynb"))) if "files" in args else ():
+    paths = (args.files or sorted(CHAPTERS.glob("*.ipynb"))) if "files" in args else []
+    if args.command == "test":
+        return nbval(paths, ["-q", "-n", args.jobs, "--dist", "loadscope"]) if paths else 0
+    for path in paths:
         if args.command == "tidy":
             write(tidy(read(path)), path)
         if args.command == "run":
-            print(f"{path.name}: {run(path):.0f} s", flush=True)
+            try:
+                print(f"{path.name}: {run(path):.0f} s", flush=True)
+            except CellExecutionError as error:
+                print(f"{path.name}: {error}")
+                failed = 1
+                continue
         for problem in lint(path) if args.command in ("run", "lint") else ():
             print(f"{path.name}: {problem}")
             failed = 1

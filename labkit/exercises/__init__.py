@@ -1,0 +1,145 @@
+"""Exercises that are checked in place, and whose checks are themselves checked.
+
+An exercise is its solution: a function in `labkit/exercises/<topic>.py` between whose markers the reader writes.
+
+    @exercise(hints=["..."], bugs=[("lse_a + lse_b", "lse_a", "forgets a half"), ...])
+    def merge_two(o_a, lse_a, o_b, lse_b):
+        '''The docstring is the task.'''
+        # >>> your code
+        ...the solution...
+        # <<< your code
+        return o, lse
+
+    @merge_two.case("an empty half changes nothing")
+    def _(fn):
+        expect(fn(...), ..., "o")
+
+    merge_two.check(fn)   in the notebook: runs the cases on the reader's function, prints what passes and a hint
+    merge_two.stub        the notebook's cell: the source with the marked part taken out
+    merge_two.solution    the whole source, for the fold
+
+Each bug is an edit of the solution's text. tests/test_exercises.py proves that the stub fails politely, the solution
+passes, and every bug is caught, and that the notebook's cell is the stub.
+"""
+
+import inspect
+import math
+import textwrap
+
+from labkit.show import Source
+
+START, STOP = "# >>> your code", "# <<< your code"
+
+
+class Exercise:
+    """See the module's docstring. hints: sentences, from vague to plain; bugs: (old, new, what is wrong)."""
+
+    def __init__(self, fn, hints, bugs):
+        lines = textwrap.dedent(inspect.getsource(fn)).splitlines()
+        first = next(i for i, line in enumerate(lines) if line.startswith("def "))  # the decorator may take many lines
+        self.name, self.fn, self.hints, self.bugs, self.cases = fn.__name__, fn, list(hints), list(bugs), {}
+        self.source = "\n".join(lines[first:])
+        if self.source.count(START) != 1 or self.source.count(STOP) != 1:
+            raise ValueError(f"exercise {self.name}: expected one line `{START}` and one `{STOP}`")
+
+    def case(self, title):
+        """Decorator: a function of the reader's function that raises AssertionError when it is wrong."""
+
+        def add(run):
+            if title in self.cases:
+                raise ValueError(f"exercise {self.name}: two cases are called {title!r}")
+            self.cases[title] = run
+            return run
+
+        return add
+
+    @property
+    def stub(self):
+        """The source with the marked part replaced by `raise NotImplementedError`."""
+        before, rest = self.source.split(START)
+        after = rest.split(STOP)[1]
+        indent = before[before.rfind("\n") + 1 :]
+        return f"{before}{START}\n{indent}raise NotImplementedError\n{indent}{STOP}{after}"
+
+    @property
+    def solution(self):
+        """The whole source, without the markers; renders as code."""
+        lines = [line for line in self.source.splitlines() if line.strip() not in (START, STOP)]
+        return Source("\n".join(lines), f"labkit/exercises/{self.fn.__module__.rsplit('.', 1)[-1]}.py")
+
+    def failures(self, fn):
+        """{case: message} of the cases that fail; empty when all pass."""
+        found = {}
+        for title, run in self.cases.items():
+            try:
+                run(fn)
+            except NotImplementedError:
+                found[title] = "not written yet"
+            except AssertionError as error:
+                found[title] = str(error) or "wrong"
+            except Exception as error:  # whatever the reader's code raises belongs into the report
+                found[title] = f"{type(error).__name__}: {error}"
+        return found
+
+    def check(self, fn):
+        """Run the cases on the reader's `fn` and print the outcome."""
+        found = self.failures(fn)
+        if found and all(message == "not written yet" for message in found.values()):
+            print(f"{self.name}: not written yet. {len(self.cases)} cases are waiting.")
+        elif not found:
+            print(f"{self.name}: all {len(self.cases)} cases pass.")
+            return
+        else:
+            for title in self.cases:
+                print(f"FAIL  {title}: {found[title]}" if title in found else f"pass  {title}")
+        for number, hint in enumerate(self.hints[:1] if len(found) == len(self.cases) else self.hints, 1):
+            print(f"Hint {number}: {hint}")
+
+    def edited(self, old, new):
+        """The solution's function after one edit of its text, to prove that the cases catch it."""
+        if self.source.count(old) != 1:
+            raise ValueError(f"exercise {self.name}: {old!r} occurs {self.source.count(old)} times, expected once")
+        return self.compiled(self.source.replace(old, new))
+
+    def compiled(self, source):
+        """The function that `source` defines, in the namespace of the solution's module."""
+        namespace = dict(vars(inspect.getmodule(self.fn)))
+        exec(compile(source, f"<{self.name}>", "exec"), namespace)
+        return namespace[self.name]
+
+
+def exercise(*, hints, bugs):
+    """Decorator that turns a solution into an `Exercise`."""
+    return lambda fn: Exercise(fn, hints, bugs)
+
+
+def expect(got, want, what="result", *, atol=1e-5, rtol=1e-5):
+    """Raise AssertionError, in words for a reader, unless `got` equals `want`: numbers and tensors within the tolerance
+    (NaN differs from everything), everything else exactly."""
+    if hasattr(want, "shape"):
+        import torch
+
+        want = torch.as_tensor(want)
+        assert hasattr(got, "shape"), f"{what}: got {type(got).__name__}, expected a tensor"
+        got = torch.as_tensor(got)
+        assert got.shape == want.shape, f"{what}: got shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+        near = torch.isclose(got.double(), want.double(), atol=atol, rtol=rtol)
+        if not near.all():
+            where = tuple((~near).nonzero()[0].tolist())
+            raise AssertionError(
+                f"{what}: {int((~near).sum())} of {near.numel()} values differ; at {list(where)} got "
+                f"{got[where].item():.6g}, expected {want[where].item():.6g}"
+            )
+    elif isinstance(want, (tuple, list)):
+        assert isinstance(got, (tuple, list)), f"{what}: got {type(got).__name__}, expected {len(want)} values"
+        assert len(got) == len(want), f"{what}: got {len(got)} values, expected {len(want)}"
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            expect(a, b, f"{what}[{i}]", atol=atol, rtol=rtol)
+    elif isinstance(want, float):
+        try:
+            near = math.isclose(float(got), want, rel_tol=rtol, abs_tol=atol)
+        except (TypeError, ValueError):
+            near = False
+        assert near, f"{what}: got {got}, expected {want:.6g}"
+    else:
+        assert got == want, f"{what}: got {got!r}, expected {want!r}"

@@ -1,0 +1,320 @@
+"""Players: small pictures that a reader steps through or explores, in Jupyter, in the static book and from file://.
+
+A player is a fixed drawing (`Grid`, `Values`, `Bars`) whose items change look and text from frame to frame. Python draws
+it once, at its most telling frame, which is what print and a browser without JavaScript show; the frames travel as
+a small table of states, and player.js only swaps them. The data come from the caller, who takes them from a real run.
+
+    Stepper   one frame a step, with buttons, a slider and the arrow keys
+    Timeline  a Stepper over bars in time
+    Explorer  one frame for each choice of the controls, all computed beforehand by the caller's function
+    predict, reveal   the reader commits to a number; later it is laid beside the recorded one
+    live      ipywidgets controls for one cell a chapter
+"""
+
+import json
+import math
+from html import escape
+from itertools import product
+from numbers import Real
+from pathlib import Path
+
+COLORS = ("muted", "blue", "orange", "green", "purple", "sky", "outline", "bold", "")
+MAX_BYTES = 100_000
+_HERE = Path(__file__).parent
+
+
+class Grid:
+    """Rows of cells. A frame gives a nested list [rows][cols]; a cell is a colour, (colour, label), or None for nothing."""
+
+    kind = "lab-grid"
+
+    def __init__(self, rows, cols, *, row_labels=(), col_labels=(), name=""):
+        for what, labels, n in (("row_labels", row_labels, rows), ("col_labels", col_labels, cols)):
+            if labels and len(labels) != n:
+                raise ValueError(f"{what}: got {len(labels)} labels, expected {n}")
+        self.rows, self.cols, self.name = rows, cols, name
+        self.row_labels, self.col_labels = list(row_labels), list(col_labels)
+
+    def items(self, data):
+        """The frame's cells in drawing order, as (colour, label, style)."""
+        if len(data) != self.rows or any(len(row) != self.cols for row in data):
+            got = [len(row) for row in data]
+            raise ValueError(f"grid {self.name!r}: got rows of {got} cells, expected {self.rows} rows of {self.cols}")
+        return [_look(cell) for row in data for cell in row]
+
+    def html(self, items):
+        cells = iter(items)
+        head = ""
+        if self.col_labels:
+            corner = "<th></th>" if self.row_labels else ""
+            columns = "".join(f"<th scope=col>{escape(str(c))}</th>" for c in self.col_labels)
+            head = f"<thead><tr>{corner}{columns}</tr></thead>"
+        body = ""
+        for r in range(self.rows):
+            body += f"<tr><th scope=row>{escape(str(self.row_labels[r]))}</th>" if self.row_labels else "<tr>"
+            body += "".join(_item("td", next(cells)) for _ in range(self.cols)) + "</tr>"
+        return f'<table class="{self.kind}">{head}<tbody>{body}</tbody></table>'
+
+
+class Values(Grid):
+    """Named values, one row each: a frame gives {name: text or number}, or a list of them with `columns`."""
+
+    kind = "lab-values"
+
+    def __init__(self, names, columns=(), *, name=""):
+        super().__init__(len(names), max(1, len(columns)), row_labels=names, col_labels=columns, name=name)
+
+    def items(self, data):
+        if list(data) != self.row_labels:
+            raise ValueError(f"values {self.name!r}: got {list(data)}, expected {self.row_labels}")
+        rows = [row if isinstance(row, list) else [row] for row in data.values()]
+        return super().items([[cell if isinstance(cell, tuple) else ("", cell) for cell in row] for row in rows])
+
+
+class Bars:
+    """Bars along a common axis, in lanes: a timeline, or quantities side by side.
+
+    A frame gives a list of (lane, start, end, colour, label), or {"bars": [...], "cursor": position}. lane counts from 0;
+    start and end are in `unit`. span: where the axis ends; default: the largest end of all frames.
+    """
+
+    kind = "lab-bars"
+
+    def __init__(self, lanes, *, unit="", span=None, lane_height=1.6, name=""):
+        self.lanes, self.unit, self.span, self.lane_height, self.name = list(lanes), unit, span, lane_height, name
+        self.slots, self.cursor = 0, False
+
+    def measure(self, frames):
+        """Look at all frames: the axis must hold every bar, and there must be an item for each."""
+        self.span = self.span or max((bar[2] for f in frames for bar in _bars(f)[0]), default=1) or 1
+        self.slots = max((len(_bars(f)[0]) for f in frames), default=0)
+        self.cursor = any(_bars(f)[1] is not None for f in frames)
+
+    def items(self, data):
+        bars, cursor = _bars(data)
+        items = []
+        for lane, start, end, color, label in bars:
+            if not 0 <= lane < len(self.lanes) or not 0 <= start <= end:
+                raise ValueError(f"bar: got lane {lane} from {start} to {end}, expected a lane below {len(self.lanes)}")
+            left, width = 100 * start / self.span, 100 * (end - start) / self.span
+            style = f"left:{left:.4g}%;width:{width:.4g}%;top:{100 * lane / len(self.lanes):.4g}%"
+            items.append((*_look((color, label))[:2], style))
+        items += [("", "", "display:none")] * (self.slots - len(bars))
+        if self.cursor:
+            style = "display:none" if cursor is None else f"left:{100 * cursor / self.span:.4g}%;top:0;height:100%"
+            items.append(("lab-cursor", "", style))
+        return items
+
+    def html(self, items):
+        step, lanes = _nice(self.span), "".join(f"<div>{escape(str(lane))}</div>" for lane in self.lanes)
+        size = f'style="height:{self.lane_height * len(self.lanes):.4g}em;--bar:{90 / len(self.lanes):.4g}%"'
+        ticks = [i * step for i in range(int(self.span / step + 1e-9) + 1)]
+        axis = "".join(f'<span style="left:{100 * t / self.span:.4g}%">{t:g}</span>' for t in ticks)
+        bars = "".join(_item("div", item) for item in items)
+        return (
+            f'<div class="{self.kind}"><div class="lab-lanes">{lanes}</div>'
+            f'<div class="lab-track" {size}>{bars}</div><div class="lab-unit">{escape(self.unit)}</div>'
+            f'<div class="lab-axis">{axis}</div></div>'
+        )
+
+
+class Html:
+    """A piece of self-contained HTML with a text that stands for it where HTML cannot be shown."""
+
+    def __init__(self, html, text):
+        size = len(html.encode())
+        if size > MAX_BYTES:
+            raise ValueError(f"player: got {size:,} bytes, expected at most {MAX_BYTES:,}: fewer frames, options or items")
+        self.html, self.text = html, text
+
+    def __repr__(self):
+        return self.text
+
+    def _repr_html_(self):
+        return self.html
+
+
+class Explorer(Html):
+    """Controls, and one frame for each of their choices.
+
+    controls: {label: list of values}. panels: {name: Grid, Values or Bars}. frame(*choice) -> {"text": what to see, and
+    for each panel its data}; called once for each combination, in the order of the controls.
+    legend: {colour: meaning}. start: the combination to begin with; key: the one for print (default: start).
+    """
+
+    def __init__(self, title, controls, panels, frame, *, legend=None, caption="", start=None, key=None):
+        choices = list(product(*controls.values()))
+        if not choices or not controls:
+            raise ValueError(f"controls: got {controls}, expected at least one value each")
+        start = choices[0] if start is None else tuple(start)
+        key = start if key is None else tuple(key)
+        for what, choice in (("start", start), ("key", key)):
+            if choice not in choices:
+                raise ValueError(f"{what}: got {choice}, expected one value of each control in {controls}")
+        html = []
+        for (label, values), first in zip(controls.items(), start, strict=True):
+            html.append(_control(label, values, values.index(first)))
+        frames = [frame(*choice) for choice in choices]
+        options = [[str(value) for value in values] for values in controls.values()]
+        super().__init__(*_player(title, panels, frames, "".join(html), options, choices.index(key), legend, caption))
+
+
+class Stepper(Html):
+    """One frame a step: steps is a list of {"text": what happens, and for each panel its data}.
+
+    panels: {name: Grid, Values or Bars}. legend: {colour: meaning}. key: the step that print shows (default the last).
+    """
+
+    def __init__(self, title, panels, steps, *, legend=None, caption="", key=-1):
+        last = len(steps) - 1
+        if last < 1:
+            raise ValueError(f"steps: got {len(steps)}, expected at least two")
+        keys = (("first", "First step", "|&lt;"), ("back", "Step back", "&lt;"), ("next", "Next step", "&gt;"))
+        buttons = "".join(f'<button type=button data-go={go} aria-label="{what}">{sign}</button>' for go, what, sign in keys)
+        buttons += '<button type=button data-go=last aria-label="Last step">&gt;|</button>'
+        buttons += "<button type=button data-go=play>Play</button>"
+        options = [f"{i + 1} of {last + 1}" for i in range(last + 1)]
+        slider = f"<label>Step <input type=range min=0 max={last} value=0><output>{options[0]}</output></label>"
+        super().__init__(*_player(title, panels, steps, buttons + slider, [options], range(last + 1)[key], legend, caption))
+
+
+class Timeline(Stepper):
+    """Bars that grow as time passes.
+
+    lanes: labels. bars: (lane, start, end, colour, label), times in `unit`. times: where the steps stop (default: each
+    start and end). describe(t, running) -> text, running being the bars under way at t.
+    """
+
+    def __init__(self, title, lanes, bars, *, describe, unit="", times=None, legend=None, caption="", lane_height=1.6):
+        times = sorted({0, *(t for bar in bars for t in bar[1:3])}) if times is None else list(times)
+        steps = []
+        for t in times:
+            seen = [(lane, start, min(end, t), color, label) for lane, start, end, color, label in bars if start < t]
+            running = [bar for bar in bars if bar[1] <= t < bar[2]]
+            steps.append({"text": describe(t, running), "time": {"bars": seen, "cursor": t}})
+        panel = Bars(lanes, unit=unit, span=max(bar[2] for bar in bars), lane_height=lane_height)
+        super().__init__(title, {"time": panel}, steps, legend=legend, caption=caption)
+
+
+def predict(key, question, unit=""):
+    """Ask for a number before the answer is shown. The same `key` goes to `reveal`."""
+    controls = f"<label>{escape(question)} <input type=number step=any>{escape(unit)}</label><button type=button>Commit</button>"
+    body = (
+        f'<div class="lab-title">Predict</div><div class="lab-controls" hidden>{controls}</div>'
+        f'<p class="lab-text" aria-live="polite">{escape(question)} Write down a number ({escape(unit)}) before you read on.</p>'
+    )
+    return Html(_figure("Predict", body, {"predict": key, "unit": unit}), f"Predict: {question} ({unit})")
+
+
+def reveal(key, answer, unit="", *, source):
+    """Lay the recorded `answer` (a number, or None where nothing was recorded) beside the reader's prediction.
+
+    source: where the number comes from, in words (the record's own provenance line).
+    """
+    found = f"Recorded: {answer:.4g} {unit}." if answer is not None else "Nothing has been recorded for this."
+    body = (
+        f'<div class="lab-title">Your prediction</div><p><strong>{escape(found)}</strong> {escape(source)}</p>'
+        '<p class="lab-yours" aria-live="polite"></p>'
+    )
+    data = {"reveal": key, "answer": answer, "unit": unit}
+    return Html(_figure("Your prediction", body, data), f"{found} {source}")
+
+
+def live(callback, **controls):
+    """ipywidgets controls that call `callback`: a list becomes a slider over its values, the rest as in `interact`.
+
+    Its cell is tagged skip-execution and nbval-skip; `callback` is a function that a test calls.
+    """
+    import ipywidgets
+
+    def control(name, values):
+        if not isinstance(values, list):
+            return values
+        return ipywidgets.SelectionSlider(options=values, description=name, continuous_update=False)
+
+    return ipywidgets.interact(callback, **{name: control(name, values) for name, values in controls.items()})
+
+
+# ---- drawing
+
+
+def _player(title, panels, frames, controls, options, key, legend, caption):
+    """(html, text) of a player: drawn at frame `key`, all frames as a table of states."""
+    panels = dict(sorted(panels.items(), key=lambda item: isinstance(item[1], Values)))  # pictures first, then tables
+    for name, panel in panels.items():
+        if isinstance(panel, Bars):
+            panel.measure([frame[name] for frame in frames])
+    states, table, texts = {}, [], []
+    for number, frame in enumerate(frames):
+        if set(frame) != {"text", *panels}:
+            raise ValueError(f"frame {number}: got {sorted(frame)}, expected {sorted(['text', *panels])}")
+        items = [item for name, panel in panels.items() for item in panel.items(frame[name])]
+        table.append([states.setdefault(item, len(states)) for item in items])
+        texts.append(str(frame["text"]))
+    drawn, values = "", ""
+    for name, panel in panels.items():
+        heading = f'<p class="lab-name">{escape(panel.name)}</p>' if panel.name else ""
+        wide = " lab-wide" if isinstance(panel, Bars) else ""
+        block = f'<div class="lab-panel{wide}">{heading}{panel.html(panel.items(frames[key][name]))}</div>'
+        drawn, values = (drawn, values + block) if isinstance(panel, Values) else (drawn + block, values)
+    marks = [f'<li><i class="{_color(color)}"></i>{escape(meaning)}</li>' for color, meaning in (legend or {}).items()]
+    stage = f'<div class="lab-panels lab-stage" role="img" aria-label="{escape(texts[key])}">{drawn}</div>' if drawn else ""
+    body = (
+        f'<div class="lab-title">{escape(title)}</div>{stage}'
+        + (f'<div class="lab-panels">{values}</div>' if values else "")
+        + (f'<ul class="lab-legend">{"".join(marks)}</ul>' if marks else "")
+        + f'<p class="lab-text" aria-live="polite">{escape(texts[key])}</p>'
+        + f'<div class="lab-controls" hidden>{controls}</div>'
+        + "<noscript><p>Without JavaScript this is a still picture.</p></noscript>"
+        + f"<figcaption>{escape(caption)}</figcaption>"
+    )
+    data = {"key": key, "options": options, "states": list(states), "frames": table, "texts": texts}
+    return _figure(title, body, data), f"{title}: {len(frames)} frames. {texts[key]}"
+
+
+def _figure(title, body, data):
+    css, js = ((_HERE / f"player.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    # `</` would end the script; JSON allows the escaped slash.
+    payload = json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("</", "<\\/")
+    return (
+        f'<figure class="lab-player" role="group" aria-label="{escape(title)}"><style>{css}</style>{body}'
+        f'<script type="application/json">{payload}</script><script>{js}</script></figure>'
+    )
+
+
+def _control(label, values, index):
+    if len(values) > 3 and all(isinstance(value, Real) for value in values):
+        field = f"<input type=range min=0 max={len(values) - 1} value={index}><output>{escape(str(values[index]))}</output>"
+    else:
+        chosen = ("", " selected")
+        options = [f"<option value={i}{chosen[i == index]}>{escape(str(v))}</option>" for i, v in enumerate(values)]
+        field = f"<select>{''.join(options)}</select>"
+    return f"<label>{escape(label)} {field}</label>"
+
+
+def _item(tag, item):
+    look, label, style = item
+    style = f' style="{style}"' if style else ""
+    return f'<{tag} class="x {look}"{style}>{escape(label)}</{tag}>'
+
+
+def _look(cell):
+    """A cell as (colour, label, style)."""
+    color, label = cell if isinstance(cell, tuple) else (cell, "")
+    return _color(color or ""), f"{label:.4g}" if isinstance(label, float) else str(label), ""
+
+
+def _color(color):
+    if color not in COLORS:
+        raise ValueError(f"colour: got {color!r}, expected one of {', '.join(filter(None, COLORS))}")
+    return color
+
+
+def _bars(data):
+    return (data["bars"], data.get("cursor")) if isinstance(data, dict) else (data, None)
+
+
+def _nice(span):
+    """A tick distance of 1, 2 or 5 times a power of ten, three to seven to the span."""
+    power = 10.0 ** math.floor(math.log10(span / 3))
+    return max(step * power for step in (1, 2, 5) if step * power <= span / 3)

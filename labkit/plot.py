@@ -1,0 +1,88 @@
+"""One style for all figures. They are PNG on white; in the book's dark theme the style sheet inverts them (and turns the
+hues back), so one image reads well in both. Colours are from Okabe and Ito's palette, safe for colour-blind readers, and
+lines differ in marker and dash too."""
+
+import io
+
+import matplotlib
+from cycler import cycler
+
+matplotlib.use("agg")  # no window, the same pixels everywhere
+
+from matplotlib import pyplot as plt  # noqa: E402
+
+COLORS = {
+    "blue": "#0072b2",
+    "orange": "#d55e00",
+    "green": "#009e73",
+    "purple": "#a8568c",
+    "sky": "#4a9fd8",
+    "black": "#333333",
+}
+CMAP = "cividis"  # for heat maps: even in luminance, safe for colour-blind readers
+
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#555555",
+    "axes.grid": True,
+    "axes.prop_cycle": cycler(color=list(COLORS.values()))
+    + cycler(marker=["o", "s", "^", "D", "v", "P"])
+    + cycler(linestyle=["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1))]),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": "medium",
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 100,
+    "figure.facecolor": "white",
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 10,
+    "grid.color": "#dddddd",
+    "image.cmap": CMAP,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+}
+
+
+class Figure:
+    """A drawn figure with its caption and alt text. The book numbers it and takes {numref}`name`."""
+
+    def __init__(self, png, name, caption, alt, width):
+        self.png, self.name, self.caption, self.alt, self.width = png, name, caption, alt, width
+
+    def __repr__(self):
+        return f"Figure {self.name}: {self.alt}"
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        figure = {"figure": {"name": self.name, "caption": self.caption}, "image": {"alt": self.alt}}
+        # needs_background: JupyterLab's dark theme. The width undoes the double resolution.
+        meta = {"needs_background": "light", "lab_figure": figure, "image/png": {"width": self.width}}
+        return {"image/png": self.png, "text/plain": repr(self)}, meta
+
+
+def figure(rows=1, cols=1, *, width=7.0, height=3.2, **kwargs):
+    """(fig, axes) in the lab's style; width and height in inches; the rest goes to matplotlib's `subplots`."""
+    with plt.rc_context(STYLE):
+        return plt.subplots(rows, cols, figsize=(width, height), **kwargs)
+
+
+def show(fig, *, name, caption, alt):
+    """Close `fig` and return it as a `Figure`, the last expression of its cell.
+
+    name: unique in the book, e.g. "fig-waves". caption: MyST Markdown, what to see in it. alt: the same for those who
+    cannot see it: the kind of plot, the axes, and what it shows; not a repetition of the caption.
+    Raises ValueError when one is missing or the alt text is too short to say anything.
+    """
+    if not name.startswith("fig-"):
+        raise ValueError(f"name: got {name!r}, expected it to start with 'fig-'")
+    if not caption.strip():
+        raise ValueError("caption: got an empty text, expected what to see in the figure")
+    if len(alt.split()) < 5 or "\n" in alt:
+        raise ValueError(f"alt: got {alt!r}, expected one line of at least five words")
+    buffer = io.BytesIO()
+    with plt.rc_context(STYLE):
+        fig.savefig(buffer, format="png", dpi=2 * fig.dpi, metadata={"Software": None})
+    width = round(fig.get_figwidth() * fig.dpi)
+    plt.close(fig)
+    return Figure(buffer.getvalue(), name, " ".join(caption.split()), alt.strip(), width)

@@ -1,0 +1,59 @@
+"""`show(fn)`: code in a notebook comes from its source file, never from a pasted copy."""
+
+import inspect
+import textwrap
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+class Source:
+    """Python source that renders as highlighted code in Jupyter and in the book."""
+
+    def __init__(self, code, where):
+        self.code, self.where = code, where
+
+    def __repr__(self):
+        return f"# {self.where}\n{self.code}"
+
+    def _repr_markdown_(self):
+        fence = "`" * 3
+        while fence in self.code:
+            fence += "`"
+        return f"From `{self.where}`:\n\n{fence}python\n{self.code}\n{fence}"
+
+
+def show(obj, *, start=None, stop=None, docstring=True):
+    """The source of a function, class or Triton kernel.
+
+    start, stop: show only the lines from the first one that contains `start` to the last one that contains `stop`.
+    docstring=False leaves the docstring out.
+    Raises ValueError when start or stop is not found or their order is wrong.
+    """
+    python = inspect.unwrap(getattr(obj, "fn", obj))  # a jit function, compiled or interpreted, keeps its Python in .fn
+    code = textwrap.dedent(inspect.getsource(python)).rstrip()
+    path = Path(inspect.getsourcefile(python)).resolve()
+    where = path.relative_to(_ROOT).as_posix() if path.is_relative_to(_ROOT) else path.name
+    if not docstring:
+        code = _without_docstring(code)
+    lines = code.splitlines()
+    first, last = 0, len(lines) - 1
+    if start is not None:
+        first = next((i for i, line in enumerate(lines) if start in line), None)
+    if stop is not None:
+        last = next((i for i in reversed(range(len(lines))) if stop in lines[i]), None)
+    if first is None or last is None or first > last:
+        raise ValueError(f"show: no lines of {python.__qualname__} from start={start!r} to stop={stop!r}")
+    code = textwrap.dedent("\n".join(lines[first : last + 1]))
+    return Source(code, where + (f", part of {python.__qualname__}" if start or stop else ""))
+
+
+def _without_docstring(code):
+    import ast
+
+    definition = ast.parse(code).body[0]
+    first = definition.body[0]
+    if ast.get_docstring(definition, clean=False) is None or len(definition.body) == 1:
+        return code
+    lines = code.splitlines()
+    return "\n".join(lines[: first.lineno - 1] + lines[first.end_lineno :])

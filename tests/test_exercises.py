@@ -1,0 +1,123 @@
+"""Every exercise both ways: its stub fails politely, its solution passes, every planted bug is caught by its cases."""
+
+import importlib
+import pkgutil
+import re
+
+import pytest
+import torch
+
+import labkit.exercises
+from labkit.exercises import Exercise, exercise, expect
+from labkit.notebooks import CHAPTERS, MAX_LINES, read
+
+TOPICS = [module.name for module in pkgutil.iter_modules(labkit.exercises.__path__)]
+
+
+def exercises(topic):
+    module = importlib.import_module(f"labkit.exercises.{topic}")
+    return [value for value in vars(module).values() if isinstance(value, Exercise)]
+
+
+ALL = [pytest.param(e, id=f"{topic}-{e.name}") for topic in TOPICS for e in exercises(topic)]
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_enough(topic):
+    assert len(exercises(topic)) >= 3
+
+
+@pytest.mark.parametrize("ex", ALL)
+def test_both_ways(ex, capsys):
+    assert ex.failures(ex.compiled(ex.solution.code)) == {}
+    ex.check(ex.compiled(ex.solution.code))
+    assert capsys.readouterr().out == f"{ex.name}: all {len(ex.cases)} cases pass.\n"
+    ex.check(ex.compiled(ex.stub))
+    out = capsys.readouterr().out
+    assert out.startswith(f"{ex.name}: not written yet. {len(ex.cases)} cases are waiting.\nHint 1: ")
+    assert out.count("\n") == 2
+    assert len(ex.bugs) >= 3 and len(ex.hints) >= 2 and ex.fn.__doc__
+
+
+@pytest.mark.parametrize("ex", ALL)
+def test_planted_bugs_are_caught(ex):
+    missed = [why for old, new, why in ex.bugs if not ex.failures(ex.edited(old, new))]
+    assert not missed, f"{ex.name}: not caught: {missed}"
+
+
+@pytest.mark.parametrize("ex", ALL)
+def test_no_case_is_idle(ex):
+    """Every case fails for at least one bug or for a function that returns its first argument."""
+    caught = set(ex.failures(lambda *args: args[0]))
+    for old, new, _ in ex.bugs:
+        caught |= set(ex.failures(ex.edited(old, new)))
+    assert caught == set(ex.cases)
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_notebook_has_the_stub_and_the_solution(topic):
+    """The chapter's cells tagged `exercise` are the stubs with their check, each with its solution behind a fold."""
+    paths = list(CHAPTERS.glob(f"[0-9][0-9]_{topic}.ipynb"))
+    if not paths:
+        pytest.skip(f"no chapter {topic} yet")
+    code = [cell for cell in read(paths[0]).cells if cell.cell_type == "code"]
+    cells = [cell.source for cell in code if "exercise" in cell.metadata.get("tags", [])]
+    assert cells == [f"{e.stub}\n\n\nexercises.{e.name}.check({e.name})" for e in exercises(topic)]
+    folded = [cell.source for cell in code if "hide-cell" in cell.metadata.get("tags", [])]
+    assert [f"exercises.{e.name}.solution" for e in exercises(topic)] == [s for s in folded if s.endswith(".solution")]
+    assert all(cell.count("\n") < MAX_LINES for cell in cells)
+
+
+# ---- the tool itself
+
+
+@exercise(hints=["Add one."], bugs=[("y = x + 1", "y = x + 2", "adds two")])
+def successor(x):
+    """x + 1"""
+    # >>> your code
+    y = x + 1
+    # <<< your code
+    return y
+
+
+@successor.case("of one")
+def _of_one(fn):
+    expect(fn(1), 2, "successor")
+
+
+def test_report(capsys):
+    assert successor.stub == (
+        'def successor(x):\n    """x + 1"""\n    # >>> your code\n    raise NotImplementedError\n    # <<< your code\n    return y'
+    )
+    assert successor.solution.code == 'def successor(x):\n    """x + 1"""\n    y = x + 1\n    return y'
+    successor.check(lambda x: x)
+    assert capsys.readouterr().out == "FAIL  of one: successor: got 1, expected 2\nHint 1: Add one.\n"
+    successor.check(lambda x: x / 0)
+    assert "ZeroDivisionError: division by zero" in capsys.readouterr().out
+    assert successor.failures(successor.edited(*successor.bugs[0][:2])) == {"of one": "successor: got 3, expected 2"}
+    with pytest.raises(ValueError, match="occurs 0 times"):
+        successor.edited("x + 3", "")
+    with pytest.raises(ValueError, match="two cases"):
+        successor.case("of one")(None)
+
+
+@pytest.mark.parametrize(
+    ("got", "want", "message"),
+    [
+        (1.5, 1.0, "got 1.5, expected 1"),
+        (float("nan"), 1.0, "got nan"),
+        (None, 1.0, "got None"),
+        ("a", "b", "got 'a', expected 'b'"),
+        ((1, 2), (1, 2, 3), "got 2 values, expected 3"),
+        (1, (1,), "got int, expected 1 values"),
+        ((1, 2), (1, 3), re.escape("r[1]: got 2, expected 3")),
+        (1.0, torch.zeros(2), "got float, expected a tensor"),
+        (torch.zeros(2), torch.zeros(3), "got shape"),
+        (torch.tensor([0.0, 1.0]), torch.zeros(2), "1 of 2 values differ; at .1. got 1, expected 0"),
+        (torch.tensor(float("nan")), torch.tensor(float("nan")), "1 of 1 values differ"),
+    ],
+)
+def test_expect(got, want, message):
+    expect(want if message != "1 of 1 values differ" else 0, want if message != "1 of 1 values differ" else 0)
+    with pytest.raises(AssertionError, match=message):
+        expect(got, want, "r")

@@ -1,0 +1,235 @@
+"""The chapters' lint, and the notebook tools on a small notebook: draft, run, lint, nbval."""
+
+import json
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from nbclient.exceptions import CellExecutionError
+
+from labkit import notebooks
+from labkit.notebooks import CHAPTERS, ROOT
+
+DRAFT = '''# Sample
+
+```{note}
+A fence that is not a code cell.
+```
+
++++
+
+## Second
+
+```{code-cell}
+import sys
+
+sys.path.insert(0, ROOT)
+from labkit import player, plot
+from labkit.exercises import flash_decoding as exercises
+from labkit.show import show
+```
+
+```{code-cell} hide-input
+fig, ax = plot.figure()
+ax.plot([1, 2], [3, 4])
+plot.show(fig, name="fig-sample", caption="A *line*.", alt="A line that rises from three to four.")
+```
+
+```{code-cell}
+steps = [{"text": f"step {i}", "keys": [["blue", ("", i)]]} for i in range(3)]
+player.Stepper("Steps", {"keys": player.Grid(1, 2)}, steps)
+```
+
+```{code-cell} nbval-ignore-output
+import time
+
+t = time.time()
+t
+```
+
+```{code-cell} nbval-check-output
+print(t > 0)
+```
+
+```{code-cell} exercise
+def merge_two(o_a, lse_a, o_b, lse_b):
+    raise NotImplementedError
+
+
+exercises.merge_two.check(merge_two)
+```
+
+```{code-cell} hide-cell
+exercises.merge_two.solution
+```
+
+```{code-cell} skip-execution nbval-skip
+player.live(print, x=[1, 2])
+```
+'''
+
+
+@pytest.mark.parametrize("path", sorted(CHAPTERS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_chapter(path):
+    assert notebooks.lint(path) == []
+
+
+def test_draft_round_trip():
+    assert notebooks.to_draft(notebooks.from_draft(DRAFT)) == DRAFT
+    with pytest.raises(ValueError, match="not closed"):
+        notebooks.from_draft("```{code-cell}\nx = 1\n")
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    """The sample notebook, executed; its first code cell needs the root because nothing is installed for it."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    # Two levels up, so that no absolute path stands in the notebook.
+    (folder / "root.py").write_text(f"ROOT = {str(ROOT)!r}\n", encoding="utf-8")
+    path = folder / "sample.ipynb"
+    draft = DRAFT.replace("sys.path.insert(0, ROOT)", "from root import ROOT\n\nsys.path.insert(0, ROOT)")
+    notebooks.write(notebooks.from_draft(draft), path)
+    notebooks.run(path)
+    return path
+
+
+def test_run(sample):
+    cells = notebooks.read(sample).cells
+    assert notebooks.lint(sample) == []
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == [1, 2, 3, 4, 5, 6, 7, None]
+    figure = code[1]
+    assert figure.metadata.mystnb == {
+        "figure": {"name": "fig-sample", "caption": "A *line*."},
+        "image": {"alt": "A line that rises from three to four."},
+    }
+    assert set(figure.outputs[0].data) == {"image/png", "text/plain"}
+    assert set(code[2].outputs[0].data) == {"text/html", "text/plain"}
+    assert code[5].outputs[0].text.startswith("merge_two: not written yet.")
+    assert code[6].outputs[0].data["text/markdown"].startswith("From `labkit/exercises/flash_decoding.py`:\n\n```python\ndef")
+    assert code[7].outputs == []
+    raw = json.loads(sample.read_text(encoding="utf-8"))
+    assert set(raw["metadata"]) == {"kernelspec", "language_info"} and raw["metadata"]["language_info"] == {"name": "python"}
+
+
+def test_running_again_changes_only_what_is_not_compared(sample, tmp_path):
+    before = notebooks.read(sample)
+    notebooks.run(sample)
+    after = notebooks.read(sample)
+    differ = [i for i, (a, b) in enumerate(zip(before.cells, after.cells, strict=True)) if a != b]
+    assert [after.cells[i].metadata.tags for i in differ] == [["nbval-ignore-output"]]
+
+
+def test_a_failing_cell_leaves_the_file_alone(tmp_path, capsys):
+    path = tmp_path / "fails.ipynb"
+    notebooks.write(notebooks.from_draft("```{code-cell}\n1 / 0\n```\n"), path)
+    before = path.read_bytes()
+    with pytest.raises(CellExecutionError):
+        notebooks.run(path)
+    assert notebooks.main(["run", str(path)]) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().out
+    assert path.read_bytes() == before
+
+
+def cell(notebook, tag=None, number=0):
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    return next(c for c in code if tag in c.metadata.get("tags", [])) if tag else code[number]
+
+
+def stream(name, text):
+    return nbformat.v4.new_output("stream", name=name, text=text)
+
+
+FAULTS = {
+    "not run": (lambda nb: cell(nb).update(execution_count=None), "run number None, expected 1"),
+    "out of order": (lambda nb: cell(nb, number=1).update(execution_count=9), "run number 9, expected 2"),
+    "stderr": (lambda nb: cell(nb).outputs.append(stream("stderr", "x")), "stored stderr"),
+    "error": (
+        lambda nb: cell(nb).outputs.append(nbformat.v4.new_output("error", ename="E", evalue="", traceback=[])),
+        "a stored error, E",
+    ),
+    "long cell": (lambda nb: cell(nb).update(source="\n" * 20), "21 lines, at most 20"),
+    "absolute path in a source": (lambda nb: cell(nb).update(source='open("/home/me/x")'), "absolute path"),
+    "absolute path in an output": (lambda nb: cell(nb).outputs.append(stream("stdout", "at /tmp/x/y")), "absolute path"),
+    "absolute path in prose": (lambda nb: nb.cells[0].update(source="see /root/x"), "absolute path"),
+    "no verdict": (lambda nb: nb.cells.remove(cell(nb, "nbval-check-output")), "must be its verdict"),
+    "half skipped": (lambda nb: cell(nb, "skip-execution").metadata.tags.remove("nbval-skip"), "go together"),
+    "output of a cell not run": (lambda nb: cell(nb, "skip-execution").outputs.append(stream("stdout", "x")), "has no output"),
+    "unknown tag": (lambda nb: cell(nb, "hide-input").metadata.tags.append("hide_input"), "unknown tag hide_input"),
+    "bare image": (lambda nb: cell(nb, number=1).outputs[0].metadata.pop("lab_figure"), "use labkit.plot.show"),
+    "two figures": (lambda nb: cell(nb, number=1).outputs.append(cell(nb, number=1).outputs[0]), "more than one figure"),
+    "stale caption": (lambda nb: cell(nb, number=1).metadata.mystnb.figure.update(caption="old"), "canonical form"),
+    "timestamps": (lambda nb: cell(nb).metadata.update(execution={"t": 1}), "canonical form"),
+    "kernel version": (lambda nb: nb.metadata.language_info.update(version="3.11.7"), "canonical form"),
+    "widget": (
+        lambda nb: cell(nb).outputs.append(
+            nbformat.v4.new_output("display_data", data={"application/vnd.jupyter.widget-view+json": {}})
+        ),
+        "a stored widget",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_lint_finds(fault, sample, tmp_path):
+    plant, message = FAULTS[fault]
+    notebook = notebooks.read(sample)
+    plant(notebook)
+    path = tmp_path / "planted.ipynb"
+    notebooks.write(notebook, path)
+    assert message in "\n".join(notebooks.lint(path))
+    assert notebooks.main(["lint", str(path)]) == 1
+
+
+def test_lint_finds_other_json(sample, tmp_path):
+    path = tmp_path / "planted.ipynb"
+    path.write_text(json.dumps(json.loads(sample.read_text(encoding="utf-8")), indent=2), encoding="utf-8")
+    assert "canonical form" in notebooks.lint(path)[0]
+    assert notebooks.main(["tidy", str(path)]) == 0
+    assert path.read_text(encoding="utf-8") == sample.read_text(encoding="utf-8")
+
+
+def test_lint_wants_the_sections_of_a_chapter(tmp_path):
+    path = tmp_path / "01_topic.ipynb"
+    sections = [f"## {name}\n\n```python\n## not a heading\n```" for name in notebooks.SECTIONS]
+    notebooks.write(notebooks.from_draft("\n\n".join(["# T", *sections])), path)
+    assert notebooks.lint(path) == []
+    notebooks.write(notebooks.from_draft("\n\n".join(["# T", *sections[:-2], sections[-1]])), path)
+    assert "sections are" in notebooks.lint(path)[0]
+
+
+def nbval(path, mode="--nbval"):
+    command = [sys.executable, "-m", "pytest", "-q", mode, "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", path.parent]
+    return subprocess.run([*command, path], capture_output=True, text=True, cwd=path.parent)
+
+
+def test_nbval_strict_passes_and_notices_a_changed_output(sample):
+    result = nbval(sample)
+    assert result.returncode == 0, result.stdout
+    notebook = notebooks.read(sample)
+    player = cell(notebook, number=2).outputs[0].data
+    player["text/html"] = player["text/html"].replace("step 1", "step 7")
+    verdict = cell(notebook, "nbval-check-output")
+    planted = sample.with_name("planted.ipynb")
+    notebooks.write(notebook, planted)
+    assert "1 failed" in nbval(planted).stdout
+    assert nbval(planted, "--nbval-lax").returncode == 0
+    verdict.outputs[0].text = "False\n"
+    notebooks.write(notebook, planted)
+    assert "1 failed" in nbval(planted, "--nbval-lax").stdout
+
+
+def test_setup_differs(monkeypatch):
+    import torch
+
+    pins = notebooks.REQUIREMENTS.read_text(encoding="utf-8")
+    assert all(f"\n{package}==" in pins for package in ("torch", "triton", "numpy"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert notebooks.setup_differs() == "there is a GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(notebooks, "version", lambda package: "0.0+cpu")
+    monkeypatch.setattr(notebooks, "PYTHON", sys.version_info[:2])
+    assert notebooks.setup_differs().startswith("torch 0.0, stored with ")
+    monkeypatch.setattr(notebooks, "PYTHON", (2, 7))
+    assert notebooks.setup_differs().endswith("stored with 2.7")

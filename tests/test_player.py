@@ -1,0 +1,213 @@
+"""Players: what Python draws and what the browser makes of it."""
+
+import json
+import re
+
+import pytest
+from browser import chromium, operate, overflow, page
+
+from labkit import player
+
+
+def stepper(**options):
+    steps = [
+        {
+            "text": f"Key {i} is read.",
+            "keys": [["blue" if j == i else ("muted", j) for j in range(4)], [None] * 4],
+            "state": {"m": i / 3, "l": i},
+        }
+        for i in range(4)
+    ]
+    panels = {"state": player.Values(["m", "l"]), "keys": player.Grid(2, 4, row_labels=["a", "b"], name="keys")}
+    return player.Stepper("Steps", panels, steps, legend={"blue": "now", "muted": "later"}, **options)
+
+
+def timeline():
+    bars = [(0, 0, 3, "blue", "a"), (1, 0, 5, "orange", "b"), (0, 3, 4, "green", "c")]
+    return player.Timeline(
+        "Two SMs", ["SM 0", "SM 1"], bars, unit="us", describe=lambda t, running: f"At {t} us {len(running)} run."
+    )
+
+
+def explorer(frame=None, **options):
+    def default(model, batch):
+        size = {"MHA": 4.0, "GQA": 1.0}[model] * batch
+        return {"text": f"{model}, batch {batch}: {size} GiB", "bars": [(0, 0, size, "blue", "")], "size": {"GiB": size}}
+
+    controls = {"model": ["MHA", "GQA"], "batch": [1, 2, 4, 8]}
+    panels = {"bars": player.Bars(["cache"], unit="GiB"), "size": player.Values(["GiB"])}
+    return player.Explorer("Cache", controls, panels, frame or default, **options)
+
+
+ALL = {
+    "stepper": stepper,
+    "timeline": timeline,
+    "explorer": explorer,
+    "predict": lambda: player.predict("speed-up", "How many times faster?", "x"),
+    "reveal": lambda: player.reveal("speed-up", 8.3, "x", source="H200, 2026-01-01"),
+    "nothing recorded": lambda: player.reveal("speed-up", None, "x", source="No measurement yet."),
+}
+every = pytest.mark.parametrize("make", ALL.values(), ids=ALL)
+
+
+def data(html):
+    return json.loads(re.search(r'<script type="application/json">(.*?)</script>', html, re.DOTALL)[1])
+
+
+@every
+def test_same_call_same_bytes_and_self_contained(make):
+    html = make()._repr_html_()
+    assert html == make()._repr_html_()
+    assert len(html.encode()) < 20_000
+    assert not re.search(r"""\bid=|https?://|src=|@import|url\(""", html)
+    assert html.count("<figure") == html.count("</figure>") == 1
+    assert "aria-live" in html and 'role="group"' in html
+
+
+@pytest.mark.parametrize("make", [stepper, timeline, explorer])
+def test_drawing_is_its_key_frame(make):
+    """What print and a browser without JavaScript show is a frame of the table, and each frame has a state an item."""
+    html = make()._repr_html_()
+    table = data(html)
+    drawn = re.findall(r'<(?:td|div) class="x ([^"]*)"(?: style="([^"]*)")?>([^<]*)<', html)
+    states = [tuple(table["states"][i]) for i in table["frames"][table["key"]]]
+    assert [(look, label, style) for look, style, label in drawn] == states
+    assert all(len(frame) == len(drawn) for frame in table["frames"])
+    assert f'<p class="lab-text" aria-live="polite">{table["texts"][table["key"]]}</p>' in html
+
+
+def test_frames_hold_the_callers_data():
+    table = data(stepper()._repr_html_())
+    first = [table["states"][i] for i in table["frames"][1]]
+    assert [s[:2] for s in first] == [["muted", "0"], ["blue", ""], ["muted", "2"], ["muted", "3"], *[["", ""]] * 4,
+                                      ["", "0.3333"], ["", "1"]]  # fmt: skip
+    assert table["options"] == [["1 of 4", "2 of 4", "3 of 4", "4 of 4"]]
+
+
+def test_timeline_cuts_bars_at_the_cursor():
+    table = data(timeline()._repr_html_())
+    assert table["texts"] == ["At 0 us 2 run.", "At 3 us 2 run.", "At 4 us 1 run.", "At 5 us 0 run."]
+    styles = [[table["states"][i][2] for i in frame] for frame in table["frames"]]
+    assert styles[1] == ["left:0%;width:60%;top:0%", "left:0%;width:60%;top:50%", "display:none", "left:60%;top:0;height:100%"]
+    assert styles[3][2] == "left:60%;width:20%;top:0%"
+
+
+def test_explorer_asks_once_for_each_choice_in_order():
+    asked = []
+
+    def frame(model, batch):
+        asked.append((model, batch))
+        return {"text": f"{model} {batch}", "bars": [], "size": {"GiB": batch}}
+
+    table = data(explorer(frame, start=("GQA", 4), key=("MHA", 2))._repr_html_())
+    assert asked == [(m, b) for m in ("MHA", "GQA") for b in (1, 2, 4, 8)]
+    assert table["texts"] == [f"{m} {b}" for m, b in asked]
+    assert table["key"] == 1
+
+
+def test_text_of_the_caller_is_escaped():
+    steps = [{"text": f"</script><b>{i} & <i>", "g": [[("", "<u>")]]} for i in range(2)]
+    html = player.Stepper('"<title>', {"g": player.Grid(1, 1)}, steps, caption="<hr>")._repr_html_()
+    assert not re.search(r"<b>|<u>|<hr>|<title>", re.sub(r"<script.*?</script>", "", html, flags=re.DOTALL))
+    assert data(html)["texts"][1] == "</script><b>1 & <i>"
+
+
+def test_plain_text_stands_for_it():
+    assert repr(stepper()) == "Steps: 4 frames. Key 3 is read."
+    assert repr(ALL["nothing recorded"]()) == "Nothing has been recorded for this. No measurement yet."
+
+
+def test_bad_input():
+    grid, good = {"g": player.Grid(1, 2)}, [{"text": "", "g": [[None, None]]}] * 2
+    player.Stepper("t", grid, good)
+    for steps, message in (
+        (good[:1], "steps: got 1"),
+        ([*good, {"text": "", "g": [[None]]}], r"rows of \[1\]"),
+        ([*good, {"text": ""}], r"frame 2: got \['text'\]"),
+        ([*good, {"text": "", "g": [["pink", None]]}], "colour: got 'pink'"),
+        ([{"text": "x" * 60_000, "g": [[None, None]]}] * 2, "at most 100,000"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            player.Stepper("t", grid, steps)
+    with pytest.raises(ValueError, match="row_labels: got 1"):
+        player.Grid(2, 2, row_labels=["a"])
+    with pytest.raises(ValueError, match="values 'v'"):
+        player.Stepper("t", {"v": player.Values(["m"], name="v")}, [{"text": "", "v": {"l": 1}}] * 2)
+    with pytest.raises(ValueError, match="lane 2"):
+        player.Stepper("t", {"b": player.Bars(["a"])}, [{"text": "", "b": [(2, 0, 1, "blue", "")]}] * 2)
+    with pytest.raises(ValueError, match="start: got"):
+        explorer(start=("GQA", 3))
+    with pytest.raises(ValueError, match="controls"):
+        player.Explorer("t", {"a": []}, {}, lambda a: {})
+
+
+def test_live_calls_the_callback():
+    calls = []
+    player.live(lambda batch, name: calls.append((batch, name)), batch=[1, 2, 4], name="abc")
+    assert calls == [(1, "abc")]
+
+
+def _luminance(color):
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)] if len(color) == 7 else [int(c, 16) / 15 for c in color[1:]]
+    r, g, b = (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+def _contrast(a, b):
+    low, high = sorted((_luminance(a), _luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_contrast_in_both_themes():
+    """Text on every fill at least 4.5 : 1 (WCAG AA), every outline on the background at least 2.6 : 1, besides its own pattern."""
+    css = (player._HERE / "player.css").read_text(encoding="utf-8")
+    for block in re.findall(r"\{([^{}]*--ink: [^{}]*)\}", css):
+        colors = dict(re.findall(r"--([\w-]+): (#\w+)", block))
+        assert len(colors) == 17
+        for name in player.COLORS[:6]:
+            assert _contrast(colors["ink"], colors[name]) >= 4.5, name
+            assert _contrast(colors[f"{name}-line"], colors["back"]) >= 2.6, name
+        assert _contrast(colors["soft"], colors["back"]) >= 4.5
+        assert _contrast(colors["ink"], colors["key"]) >= 4.5
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    """A bare page with every kind of player; the stepper twice, for nothing may clash."""
+    path = tmp_path_factory.mktemp("player") / "index.html"
+    players = "".join(make()._repr_html_() for make in [stepper, *ALL.values()])
+    head = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>t</title>'
+    path.write_text(f"{head}<body>{players}", encoding="utf-8")
+    return path.as_uri()
+
+
+def test_in_a_browser(sample):
+    with chromium() as browser:
+        with page(browser, sample, width=390) as tab:
+            assert overflow(tab) <= 0
+            assert tab.locator(".lab-player").count() == tab.locator(".lab-player[data-ready]").count() == 7
+            wrong = [problem for p in tab.query_selector_all(".lab-player") for problem in operate(tab, p)]
+            assert not wrong, wrong
+            assert "1.5 times too high" in tab.locator(".lab-yours").first.text_content()
+            first = tab.locator(".lab-player").first
+            first.locator("input").focus()
+            tab.keyboard.press("Home")
+            assert first.locator(".blue").count() == 1 + 1  # the cell being read, and the legend
+            assert first.locator("td").nth(0).get_attribute("class") == "x blue"
+            assert first.locator("[role=img]").get_attribute("aria-label") == "Key 0 is read."
+            tab.emulate_media(media="print")
+            tab.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+            assert first.locator("td").nth(3).get_attribute("class") == "x blue"
+            assert not first.locator(".lab-controls").is_visible()
+
+
+def test_without_javascript(sample):
+    with chromium() as browser:
+        context = browser.new_context(java_script_enabled=False)
+        tab = context.new_page()
+        tab.goto(sample)
+        first = tab.locator(".lab-player").first
+        assert not first.locator(".lab-controls").is_visible()
+        assert first.locator("td").nth(3).get_attribute("class") == "x blue"
+        assert "Without JavaScript" in first.inner_text()
+        context.close()
