@@ -5,6 +5,7 @@ when they live on the CPU; on a GPU that would force a synchronisation, so there
 LAB_CHECK=1 and the kernels clamp or ignore what is out of range.
 """
 
+import math
 import os
 
 import torch
@@ -109,3 +110,29 @@ def merge(part_o, part_lse, dtypes=(torch.float32,)) -> tuple[int, int, int, int
     tensor("part_lse", part_lse, tuple(part_o.shape[:3]), like=part_o, dtype=part_o.dtype)
     expect(part_o.shape[2] >= 1, "part_o (num_splits)", 0, "at least 1")
     return tuple(part_o.shape)
+
+
+# What exp(x - phi) may be raised to. fp16: its largest number is e^11.09, and below e^-9.7 it loses digits. Elsewhere p
+# has fp32's exponents, and the sums over millions of keys have to stay below e^88.
+EXP_LIMITS = {torch.float16: (-9.0, 11.0), torch.float32: (-80.0, 60.0)}
+
+
+def unified(phi: float, bounds: tuple[float, float]) -> tuple[float, float]:
+    """Check FlashDecoding++'s phi and bounds (a, b) on x - phi. Returns the bounds, narrowed to what fp32 can hold."""
+    expect(_is_number(phi) and math.isfinite(phi), "phi", phi, "a finite number")
+    ok = isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(map(_is_number, bounds))
+    expect(ok and bounds[0] < bounds[1], "bounds", bounds, "two numbers (a, b), a < b")
+    low, high = EXP_LIMITS[torch.float32]
+    return max(float(bounds[0]), low), min(float(bounds[1]), high)
+
+
+def _is_number(x) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def linear(x, w, dtypes=FLOATS) -> tuple[int, int, int]:
+    """Check the arguments of y = x w^T: x [M, K], w [N, K]. Returns (M, N, K)."""
+    tensor("x", x, ("m", "k"), dtypes=dtypes)
+    m, k = x.shape
+    tensor("w", w, ("n", k), like=x, dtype=x.dtype)
+    return m, w.shape[0], k
