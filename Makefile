@@ -36,7 +36,7 @@ experiments: .venv/ready
 train: .venv/ready
 	$(PY) -m labkit.train
 
-# Plants every bug of tests/planted_bugs.py in a copy of the files and shows that the tests catch it. Minutes, not CI.
+# Plants the bugs listed in the test files, one at a time, in a copy, and shows that the tests catch them. Minutes.
 bugs: .venv/ready-test
 	$(PY) tests/planted_bugs.py $(TOPIC)
 

@@ -6,9 +6,11 @@
 """
 
 import torch
+import torch.distributed as dist
 
-from labkit import args, splits
+from labkit import args, bench, check, peers, player, splits
 from labkit.attention import decode_attention, softmax_dtype
+from labkit.gpus import GPUS
 from labkit.splits import num_splits_heuristic  # noqa: F401  (part of this topic's public names)
 
 BLOCK_KEYS = 64  # a split is a whole number of these
@@ -76,3 +78,188 @@ def flash_decoding(q, k, v, kv_lens, *, num_splits=None, sm_scale=None):
     part_o, part_lse = split_attention(q, k, v, kv_lens, num_splits=num_splits, sm_scale=sm_scale)
     o, lse = merge(part_o, part_lse)
     return o.to(q.dtype), lse
+
+
+def merge_ranks(o, lse, group=None):
+    """The same merge across processes: every rank holds the attention over its own slice of the keys.
+
+    o [B, Hq, D], lse [B, Hq] of this rank; group is a torch.distributed process group (gloo on CPUs, NCCL on GPUs).
+    Returns, on every rank, o in its dtype and lse over all keys. Two collectives move B * Hq * (D + 2) numbers,
+    however long the cache is: a maximum, so that no exponential overflows, then one sum.
+    """
+    top = lse.clone()
+    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+    weight = torch.exp(lse - top.masked_fill(top == float("-inf"), 0.0))
+    total = torch.cat([o.to(lse.dtype) * weight.unsqueeze(-1), weight.unsqueeze(-1)], -1)  # [B, Hq, D + 1]
+    dist.all_reduce(total, group=group)
+    weighted, denominator = total[..., :-1], total[..., -1]
+    merged = weighted / denominator.masked_fill(denominator == 0, 1.0).unsqueeze(-1)
+    return merged.to(o.dtype), top + denominator.log()
+
+
+def context_parallel(rank, world_size, attend, q, k, v, kv_lens):
+    """Decode with the cache sliced over ranks: rank r holds an equal slice of the positions [0, L).
+
+    attend is `decode_attention`, `flash_decoding` or their kernel. Here every rank is given the whole cache and takes
+    its slice; in a real system it never had the rest.
+    """
+    per_rank = -(-k.shape[1] // world_size)
+    mine = slice(rank * per_rank, (rank + 1) * per_rank)
+    k, v = k[:, mine], v[:, mine]
+    local_lens = (kv_lens - rank * per_rank).clamp(0, k.shape[1])
+    return merge_ranks(*attend(q, k, v, local_lens))
+
+
+# --- players
+
+
+def traced_problem(kv_len=230, head_dim=8):
+    """A decode problem of two query heads for `split_player`: v[..., 0] holds the key's position plus one."""
+    q, k, v, kv_lens = check.DecodeCase("", (kv_len,), 2, 1, head_dim).tensors()
+    v[..., 0] = torch.arange(1, kv_len + 1)[None, :, None]
+    return dict(q=q, k=k, v=v, kv_lens=kv_lens)
+
+
+def split_player(o, lse, walk):
+    """Step through a recorded launch (`labkit.trace.watch` of `attend_tile` on `traced_problem`) and its merge.
+
+    Which keys a program read is seen in the values that it loaded; m, l and acc are those of query head 0.
+    """
+    tiles = {}  # program -> its tiles of keys, as (first, last)
+    for step in walk:
+        keys = step.inputs[2][:, 0]
+        tiles.setdefault(step.program[0], []).append((int(keys.max() - (keys > 0).sum()), int(keys.max()) - 1))
+    width = max(map(len, tiles.values()))
+    table = {f"split {s}": [""] * 4 for s in tiles}
+    steps, done = [], dict.fromkeys(tiles, 0)
+
+    def picture(now=None):
+        def cell(s, i):
+            color = "orange" if (s, i) == now else "blue" if i < done[s] else "muted"
+            return (color, "{}-{}".format(*tiles[s][i])) if i < len(tiles[s]) else None
+
+        return [[cell(s, i) for i in range(width)] for s in tiles]
+
+    for step in walk:
+        s = step.program[0]
+        m, l, acc = step.outputs
+        first, last = tiles[s][done[s]]
+        table[f"split {s}"] = [f"{m[0]:.3f}", f"{l[0]:.3f}", f"{acc[0, 1]:.3f}", f"{acc[0, 2]:.3f}"]
+        text = f"Program {s} reads keys {first} to {last} and updates its own m, l and acc."
+        steps.append({"text": text, "keys": picture((s, done[s])), "state": dict(table) | {"merged": [""] * 4}})
+        done[s] += 1
+    merged = ["", f"lse {lse[0, 0]:.3f}", f"o {o[0, 0, 1]:.3f}", f"o {o[0, 0, 2]:.3f}"]
+    text = "The merge weighs each split by exp(lse of the split - lse of all). This is the kernel's output."
+    steps.append({"text": text, "keys": picture(), "state": dict(table) | {"merged": merged}})
+    panels = {
+        "keys": player.Grid(len(tiles), width, row_labels=[f"split {s}" for s in tiles], name="tiles of keys"),
+        "state": player.Values([*table, "merged"], ["m (log2)", "l", "acc[1]", "acc[2]"], name="query head 0"),
+    }
+    legend = {"orange": "being read", "blue": "read", "muted": "not yet"}
+    caption = "A run of the kernel in the interpreter, which takes one program after another; a GPU runs them at once."
+    return player.Stepper("Three splits and a merge", panels, steps, legend=legend, caption=caption)
+
+
+def sm_player(gpu="H200", num_kv_heads=2, head_dim=128):
+    """What the split rule sees: programs, the SMs they fill and the waves they take. A model, not a measurement."""
+    num_sms = GPUS[gpu].num_sms
+    rows, cols = 6, num_sms // 6
+
+    def frame(batch, kv_len):
+        rule = splits.choose(batch * num_kv_heads, num_sms, kv_len, head_dim)
+        lanes, values, grids, length = [], {}, {}, {}
+        for lane, (name, n) in enumerate({"one split": 1, "the rule": rule}.items()):
+            programs = batch * num_kv_heads * n
+            blocks = max(-(-(end - start) // BLOCK_KEYS) for start, end in splits.bounds(kv_len, n, BLOCK_KEYS))
+            waves = -(-programs // (2 * num_sms))
+            length[name] = waves * blocks
+            for w in range(waves):
+                at = [100 * (w + i) * blocks / length["one split"] for i in (0, 1)]
+                in_wave = min(2 * num_sms, programs - w * 2 * num_sms)
+                lanes.append((lane, *at, ("blue", "sky")[w % 2], f"{in_wave} programs"))
+            busy = [programs // num_sms + (sm < programs % num_sms) for sm in range(num_sms)]
+            colors = ["muted" if b == 0 else "sky" if b == 1 else "blue" for b in busy]
+            grids[name] = [colors[r * cols : (r + 1) * cols] for r in range(rows)]
+            values[name] = [n, programs, f"{sum(b > 0 for b in busy)} of {num_sms}", waves, blocks]
+        share = length["the rule"] / length["one split"]
+        text = f"Batch {batch}, {kv_len:,} keys: {rule} splits, {share:.0%} of the blocks in a row."
+        return {"text": text, "time": lanes, "work": values, "one": grids["one split"], "many": grids["the rule"]}
+
+    panels = {
+        "one": player.Grid(rows, cols, name=f"the {num_sms} SMs with one split"),
+        "many": player.Grid(rows, cols, name="and with the rule's splits"),
+        "time": player.Bars(["one split", "the rule"], unit="% of the time with one split", span=100, name="waves"),
+        "work": player.Values(["one split", "the rule"], ["splits", "programs", "SMs at work", "waves", "blocks each"]),
+    }
+    controls = {"batch": [1, 2, 4, 8, 16, 32, 64], "keys": [1024, 4096, 16384, 65536]}
+    legend = {"muted": "idle", "sky": "one program", "blue": "two or more"}
+    caption = f"A model of an {gpu} with {num_kv_heads} KV heads, two programs an SM: blocks, not measured time."
+    return player.Explorer("Who has work?", controls, panels, frame, legend=legend, caption=caption, start=(1, 16384))
+
+
+def try_splits(kernel, kv_len, num_splits, device="cpu"):
+    """Run the kernel on one sequence of kv_len keys and say what it did. The live cell's callback."""
+    case = check.DecodeCase("", (kv_len,), 8, 2, 64, torch.bfloat16)
+    q, k, v, kv_lens = case.tensors(device)
+    verdicts = check.compare(kernel(q, k, v, kv_lens, num_splits=num_splits), decode_attention, q, k, v, kv_lens)
+    cuts = splits.bounds(kv_len, num_splits, BLOCK_KEYS)
+    empty = sum(start == end for start, end in cuts)
+    return f"{num_splits} splits, {empty} of them empty. " + "; ".join(map(str, verdicts))
+
+
+# --- benchmark cases
+
+# Published in the blog: one A100, fp16, microseconds by (batch, kv_len) of PyTorch eager, FlashAttention 2.0.9 and
+# Flash-Decoding.
+PUBLISHED_US = {
+    (256, 256): (3058.6, 390.5, 63.4),
+    (128, 512): (3151.4, 366.3, 67.7),
+    (64, 1024): (3160.4, 364.8, 77.7),
+    (32, 2048): (3158.3, 352.0, 58.5),
+    (16, 4096): (3157.0, 401.7, 57.0),
+    (8, 8192): (3173.1, 529.2, 56.4),
+    (4, 16384): (3223.0, 582.7, 58.2),
+    (2, 32768): (3224.1, 1156.1, 60.3),
+    (1, 65536): (1335.6, 2300.6, 64.4),
+    (1, 131072): (2664.0, 4592.2, 106.6),
+}  # fmt: skip
+BLOG, LLAMA = "16 query and 2 KV heads, fp16", "Llama-3-8B: 32 query and 8 KV heads, bf16"
+VARIANTS = {"one launch": {"one_launch": True}, "no split": {"num_splits": 1}}
+COMPILED = {"B=8 L=8192", "Llama-3-8B B=1 L=8192", "Llama-3-8B B=8 L=8192"}
+
+
+def decode_case(name, batch, kv_len, num_q_heads, num_kv_heads, dtype, *, op, head_dim=128, tiny=False, **options):
+    """One decode step over full caches. tiny: the same case, small enough for the interpreter."""
+    if tiny:
+        batch, kv_len, head_dim = min(batch, 2), min(kv_len // 4, 80), 64
+        num_q_heads, num_kv_heads = num_q_heads // num_kv_heads, 1
+
+    def make(generator, device):
+        def randn(*shape):
+            return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+        return {
+            "q": randn(batch, num_q_heads, head_dim),
+            "k": randn(batch, kv_len, num_kv_heads, head_dim),
+            "v": randn(batch, kv_len, num_kv_heads, head_dim),
+            "kv_lens": torch.full((batch,), kv_len, dtype=torch.int32, device=device),
+        }
+
+    elements = 2 * batch * head_dim * (kv_len * num_kv_heads + num_q_heads)  # k, v, q and o
+    flops = 4 * batch * num_q_heads * kv_len * head_dim
+    options |= dict(bytes=elements * dtype.itemsize, flops=flops, peers=peers.DECODE, reference="decode_attention")
+    return bench.Case(name, op, make, **options)
+
+
+def cases(tiny=False) -> list[bench.Case]:
+    """The blog's table, at batch * kv_len = 64k, and Llama-3-8B over batch and context."""
+    contexts = {1: (1024, 8192, 32768, 131072), 8: (1024, 8192, 32768), 64: (1024, 8192)}
+    sizes = [(BLOG, "", *size, 16, 2, torch.float16) for size in PUBLISHED_US]
+    sizes += [(LLAMA, "Llama-3-8B ", b, n, 32, 8, torch.bfloat16) for b in contexts for n in contexts[b]]
+    result = []
+    for section, prefix, batch, kv_len, *heads_and_dtype in sizes:
+        name = f"{prefix}B={batch} L={kv_len}"
+        without = {} if name in COMPILED else {"FlexDecoding": "it compiles for half a minute a shape; three are timed"}
+        options = dict(op="flash_decoding", section=section, variants=VARIANTS, without=without, tiny=tiny)
+        result.append(decode_case(name, batch, kv_len, *heads_and_dtype, **options))
+    return result

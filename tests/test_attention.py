@@ -101,3 +101,17 @@ def test_bad_input_is_named(function, name, changed, device, monkeypatch):
     given = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in given.items()}
     with pytest.raises(ValueError, match=f"^{name}\\b.*got .* expected "):
         function(given.pop("q"), given.pop("k"), given.pop("v"), **given)
+
+
+PLANTED_BUGS = [
+    ("kernels/_tile.py", "m_safe = tl.where(m_new == float(\"-inf\"), 0.0, m_new)", "m_safe = m_new"),
+    ("kernels/attention.py", "key[None, :] <= position[:, None])", "key[None, :] < position[:, None])"),
+    ("kernels/attention.py", "key[None, :] > position[:, None] - window)", "key[None, :] >= position[:, None] - window)"),
+    ("kernels/attention.py", "offset = kv_len - q_len", "offset = 0"),
+    ("kernels/attention.py", "tl.maximum(first_position + 1, 0) // BLOCK_N", "tl.maximum(first_position + BLOCK_M, 0) // BLOCK_N"),
+    ("kernels/attention.py", "first_position + BLOCK_M), 0)", "first_position + BLOCK_M - 1), 0)"),
+    ("kernels/attention.py", "tl.maximum(first_position - window + 1, 0)", "tl.maximum(first_position - window + BLOCK_N, 0)"),
+    ("kernels/attention.py", "0, tl.minimum(num_sinks, start),", "0, num_sinks,"),
+    ("kernels/attention.py", "keep = (key < end)[None, :]", "keep = (key >= 0)[None, :]"),
+    ("kernels/attention.py", "v_ptr += pid_b * stride_vb + head // group", "v_ptr += pid_b * stride_vb + head % group"),
+]

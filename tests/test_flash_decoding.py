@@ -9,7 +9,7 @@ import torch
 
 import kernels.flash_decoding as fd
 from labkit import flash_decoding as ref
-from labkit import splits
+from labkit import ranks, splits, trace
 from labkit.attention import decode_attention
 from labkit.check import DECODE_CASES, DecodeCase, assert_matches, randn
 
@@ -161,8 +161,59 @@ def test_cast_rounds_to_nearest_even(device):
         assert torch.equal(out, part_o[:, :, 0].to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_context_parallel(world_size):
+    """The merge across processes: ragged, one sequence that some ranks hold nothing of, one that is empty."""
+    q, k, v, kv_lens = (x.nan_to_num(0.0) for x in DecodeCase("", (130, 20, 0), num_q_heads=6).tensors())
+    for got in ranks.run(world_size, ref.context_parallel, decode_attention, q, k, v, kv_lens):
+        assert_matches(got, decode_attention, q, k, v, kv_lens)
+
+
+def test_players_show_the_run(device):
+    """The player's table ends with the kernel's own output, and its tiles are the keys that the programs loaded."""
+    arguments = ref.traced_problem() | {"num_splits": 3}
+    (o, lse), walk = trace.watch("kernels.flash_decoding", "attend_tile", "flash_decoding", arguments)
+    assert_matches((o, lse), decode_attention, *list(arguments.values())[:4])
+    html = ref.split_player(o, lse, walk).html
+    for text in ("0-31", "192-223", "224-229", f"lse {lse[0, 0]:.3f}", f"o {o[0, 0, 1]:.3f}"):
+        assert text in html, text
+    assert "256 programs" in ref.sm_player().html
+
+
+@pytest.mark.parametrize("kv_len, num_splits, empty", [(1, 1, 0), (65, 3, 1), (1000, 40, 24)])
+def test_live_cell(kv_len, num_splits, empty, device):
+    said = ref.try_splits(fd.flash_decoding, kv_len, num_splits, device)
+    assert said.startswith(f"{num_splits} splits, {empty} of them empty. output 0: ok")
+    assert "WRONG" not in said
+
+
 def test_too_late_import_is_explained():
     code = "import triton.language, os; os.environ['TRITON_INTERPRET'] = '1'; import kernels.flash_decoding"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert "too late: Triton was imported before `kernels`" in done.stderr, done.stderr
+
+PLANTED_BUGS = [
+    ("kernels/flash_decoding.py", "mask_n = full_end + offs_n < end", "mask_n = full_end + offs_n < end + 1"),
+    ("kernels/flash_decoding.py", "m, l, acc, qk_scale, True)", "m, l, acc, qk_scale, False)"),
+    ("kernels/flash_decoding.py", "end = tl.minimum(start + split_len, kv_len)", "end = tl.minimum(start + split_len, max_kv_len)"),
+    ("kernels/flash_decoding.py", "tl.cdiv(tl.cdiv(kv_len, BLOCK_N), num_splits)", "(tl.cdiv(kv_len, BLOCK_N) // num_splits)"),
+    ("kernels/flash_decoding.py", "(pid_h * group + offs_h[:, None]) * stride_qh", "(pid_h + offs_h[:, None]) * stride_qh"),
+    ("kernels/flash_decoding.py", "weight = tl.exp2((lse - m_safe) * LOG2E)", "weight = tl.exp2(lse - m_safe)"),
+    ("kernels/flash_decoding.py", "l = l * alpha + tl.sum(weight, 0)", "l = l + tl.sum(weight, 0)"),
+    ("kernels/flash_decoding.py", "acc = acc * alpha + tl.sum(weight[:, None] * part, 0)", "acc = acc + tl.sum(weight[:, None] * part, 0)"),
+    ("kernels/flash_decoding.py", "tl.store(arrived, 0)", "tl.store(arrived, 1)"),
+    ("kernels/flash_decoding.py", "for i in range(group):", "for i in range(1):"),
+    ("kernels/flash_decoding.py", "offs_n64[:, None] * stride_vn", "offs_n64[:, None] * stride_kn * 2"),
+    ("kernels/_tile.py", "acc * alpha[:, None] + dot", "acc + dot"),
+    ("kernels/_tile.py", "l * alpha + tl.sum(p, 1)", "l + tl.sum(p, 1)"),
+    ("kernels/_tile.py", "bits += 0x7FFF + ((bits >> 16) & 1)", "bits += 0x7FFF"),
+    ("kernels/_tile.py", "l = tl.where(l == 0.0, 1.0, l)", "l = l"),
+    ("kernels/_tile.py", "return acc / l[:, None], (m + tl.log2(l)) * LN2", "return acc / l[:, None], m + tl.log2(l)"),
+    ("labkit/flash_decoding.py", "op=dist.ReduceOp.MAX, ", ""),
+    ("labkit/flash_decoding.py", "(kv_lens - rank * per_rank)", "kv_lens"),
+    ("labkit/splits.py", "n > 1 and math.ceil", "n > 2 and math.ceil"),
+    ("labkit/splits.py", "0.85 * best", "0.9 * best"),
+    ("labkit/splits.py", "f32(0.8) * f32(num_sms)", "f32(0.9) * f32(num_sms)"),
+    ("labkit/args.py", "low <= got[0] and got[1] <= high", "low <= got[0]"),
+]

@@ -1,0 +1,76 @@
+"""Watch a Triton kernel at work: every call of one of its jit helpers, in Triton's interpreter.
+
+This is where the players get their data from: a real run of the real kernel, tile by tile, not a second computation.
+"""
+
+import importlib
+import os
+from dataclasses import dataclass
+
+import torch.multiprocessing as mp
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of the helper: by which program (grid coordinates), with what, and what it returned (numpy arrays)."""
+
+    program: tuple[int, int, int]
+    inputs: tuple
+    outputs: tuple
+
+
+def _plain(x):
+    """Interpreter tensors as numpy arrays, inside tuples too; all else unchanged."""
+    if isinstance(x, tuple):
+        return tuple(_plain(item) for item in x)
+    handle = getattr(x, "handle", None)
+    return x if handle is None else handle.data.copy()
+
+
+def _watch(module: str, helper: str, function: str, arguments: dict):
+    from triton.runtime import interpreter
+
+    room = importlib.import_module(module)
+    real, steps = getattr(room, helper), []
+
+    def watched(*inputs, **kwargs):
+        outputs = real(*inputs, **kwargs)
+        steps.append(Step(tuple(interpreter.interpreter_builder.grid_idx), _plain(inputs), _plain(tuple(outputs))))
+        return outputs
+
+    setattr(room, helper, watched)
+    try:
+        result = getattr(room, function)(**arguments)
+    finally:
+        setattr(room, helper, real)
+    return result, steps
+
+
+def _child(queue, *job) -> None:
+    queue.put(_watch(*job))
+
+
+def watch(module: str, helper: str, function: str, arguments: dict):
+    """Call module.function(**arguments) (CPU tensors) and record every call of the jit function `helper`.
+
+    Returns (what the function returned, list of Step in the order of execution: the interpreter runs one program
+    after the other). Where kernels are compiled, this runs in a process of its own in which they are interpreted.
+    Example: watch("kernels.flash_decoding", "attend_tile", "flash_decoding", dict(q=q, k=k, v=v, kv_lens=kv_lens)).
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return _watch(module, helper, function, arguments)
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"  # inherited by the new process
+    try:
+        context = mp.get_context("spawn")
+        queue = context.Queue()
+        process = context.Process(target=_child, args=(queue, module, helper, function, arguments))
+        process.start()
+        result = queue.get()
+        process.join()
+        return result
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before

@@ -1,0 +1,58 @@
+"""Shows that the tests can fail: plants one bug at a time in a copy of the repository and runs the topic's tests.
+
+    python tests/planted_bugs.py [topic ...]
+
+Every tests/test_<topic>.py lists its own: PLANTED_BUGS = [(file, old text, new text), ...]. The old text stands in
+the file exactly once, so a bug that no longer applies is noticed. A bug is caught when a test fails (or the process
+dies, as unmasked loads make it); one that survives makes this program exit with 1.
+"""
+
+import ast
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def planted_bugs(test_file: Path) -> list[tuple[str, str, str]]:
+    """The table of a test file, read without importing it."""
+    for node in ast.parse(test_file.read_text()).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "PLANTED_BUGS":
+            return ast.literal_eval(node.value)
+    return []
+
+
+def is_caught(test_file: Path, file: str, old: str, new: str) -> bool:
+    with tempfile.TemporaryDirectory() as tmp:
+        for room in ("kernels", "labkit", "tests"):
+            shutil.copytree(ROOT / room, Path(tmp) / room, ignore=shutil.ignore_patterns("__pycache__"))
+        path = Path(tmp) / file
+        source = path.read_text()
+        if source.count(old) != 1:
+            raise SystemExit(f"{test_file.name}: the text to change stands {source.count(old)} times in {file}: {old!r}")
+        path.write_text(source.replace(old, new))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--rootdir", tmp, f"tests/{test_file.name}"]
+        done = subprocess.run(command, cwd=tmp, capture_output=True, text=True)
+        if done.returncode in (2, 3, 4, 5):  # not a failed test but an error in collecting or starting
+            raise SystemExit(f"{test_file.name}: pytest did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        return done.returncode != 0
+
+
+def main(topics: list[str]) -> int:
+    survivors = 0
+    for test_file in sorted((ROOT / "tests").glob("test_*.py")):
+        if topics and test_file.stem.removeprefix("test_") not in topics:
+            continue
+        for file, old, new in planted_bugs(test_file):
+            caught = is_caught(test_file, file, old, new)
+            survivors += not caught
+            print(f"{'caught  ' if caught else 'SURVIVED'}  {file}: {old.strip()!r} -> {new.strip()!r}", flush=True)
+    print(f"{survivors} survived")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
