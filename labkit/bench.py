@@ -64,12 +64,12 @@ class NotRun(Exception):
 @contextlib.contextmanager
 def poisoned():
     """Memory from torch.empty is NaN (integers: the largest) inside, so an output left unwritten shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.set_deterministic_debug_mode(before)
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,11 @@ def topic_cases(topic, **options) -> list[Case]:
     return cases
 
 
+@functools.cache
+def _digest(kernel, options: tuple) -> str:
+    return source_hash(kernel, extra=dict(options))
+
+
 def providers(case: Case, ops) -> dict[str, tuple[Callable, str]]:
     """{name: (prepare, source hash)}: the kernel, its variants, then the peers (hash "")."""
     kernel = getattr(ops, case.op)
@@ -111,7 +116,7 @@ def providers(case: Case, ops) -> dict[str, tuple[Callable, str]]:
         def prepare(**inputs):
             return functools.partial(kernel, **inputs, **options)
 
-        return prepare, source_hash(kernel, extra=options)
+        return prepare, _digest(kernel, tuple(options.items()))
 
     own = {case.op: bound()} | {name: bound(**options) for name, options in case.variants.items()}
     return own | {name: (prepare, "") for name, prepare in case.peers.items()}
@@ -162,10 +167,11 @@ def measure(topic, case, ops, machine: Machine) -> list[Row]:
         try:
             if name in case.without:
                 raise NotRun(case.without[name])
+            calls = [prepare(**inputs) for inputs in copies]
             # a library is trusted to write its outputs, and poison would make a compiled one compile again
             with poisoned() if digest else contextlib.nullcontext():
-                calls = [prepare(**inputs) for inputs in copies]
-                error, verdict = judge(calls[0](), reference, copies[0])
+                got = calls[0]()
+            error, verdict = judge(got, reference, copies[0])
             row = replace(row, error=error, verdict=verdict)
             if machine.timer and verdict.startswith("ok"):
                 samplers[name], mode = machine.timer(calls, graph=case.graph)

@@ -110,6 +110,8 @@ class Comparison:
 
     def provenance(self) -> list[str]:
         """What was measured, where and when; or that nothing was."""
+        if not self._rows and self.live:
+            return [f"Nothing was measured for {self.topic}: the time was spent before its first case."]
         if not self._rows:
             return [f"Nothing was recorded for {self.topic}: `make record` on a machine with a GPU measures it."]
         lines = []
