@@ -1,0 +1,390 @@
+import random
+from collections import Counter
+
+import pytest
+
+from labkit.block_pool import BlockPool, OutOfPages
+
+# ---- the pool
+
+
+class Model:
+    """What BlockPool promises, as plainly as it goes: lists and dictionaries, and no hashes.
+
+    A token's keys and values depend on all tokens up to it. `prefix` numbers every such prefix, so a number stands
+    for the keys and values of one token. `memory` stands for the GPU's: slot -> number; it is written through the
+    tables and copied as the pool says.
+    """
+
+    def __init__(self, num_pages, page_size):
+        self.size, self.free = page_size, list(range(num_pages))
+        self.prefix = {}  # (number of the prefix before, token) -> number
+        self.kv, self.tables = {}, {}  # sequence -> number of each token; pages
+        self.cached = {}  # page -> number of its last token
+        self.memory = {}
+
+    def number(self, before, tokens):
+        kv = before[:]
+        for token in tokens:
+            kv.append(self.prefix.setdefault((kv[-1] if kv else None, token), len(self.prefix)))
+        return kv
+
+    def held(self):
+        return {page for table in self.tables.values() for page in table}
+
+    def take(self):
+        page = self.free.pop(0)
+        self.cached.pop(page, None)
+        return page
+
+    def write(self, seq_id, start):
+        """Compute the keys and values of tokens [start, ...), and cache the pages that they fill."""
+        kv, table, size = self.kv[seq_id], self.tables[seq_id], self.size
+        for i in range(start, len(kv)):
+            self.memory[table[i // size] * size + i % size] = kv[i]
+            if i % size == size - 1 and kv[i] not in self.cached.values():
+                self.cached[table[i // size]] = kv[i]
+
+    def allocate(self, seq_id, tokens):
+        kv, hits = self.number([], tokens), []
+        for end in range(self.size, len(kv), self.size):  # below len: the last token is computed
+            page = next((p for p, last in self.cached.items() if last == kv[end - 1]), None)
+            if page is None:
+                break
+            hits.append(page)
+        missing = -(-len(kv) // self.size) - len(hits)
+        if missing + len(set(hits) - self.held()) > len(self.free):
+            return OutOfPages
+        self.free = [page for page in self.free if page not in hits]
+        self.kv[seq_id], self.tables[seq_id] = kv, hits + [self.take() for _ in range(missing)]
+        self.write(seq_id, len(hits) * self.size)
+        return len(hits) * self.size
+
+    def append(self, seq_id, token):
+        table, copies, used = self.tables[seq_id], [], len(self.kv[seq_id]) % self.size
+        others = {page for other, pages in self.tables.items() if other != seq_id for page in pages}
+        if used == 0 or table[-1] in others:
+            if not self.free:
+                return OutOfPages
+            page = self.take()
+            if used == 0:
+                table.append(page)
+            else:
+                copies = [(table[-1], page)]
+                for i in range(used):
+                    self.memory[page * self.size + i] = self.memory[table[-1] * self.size + i]
+                table[-1] = page
+        self.kv[seq_id] = self.number(self.kv[seq_id], [token])
+        self.write(seq_id, len(self.kv[seq_id]) - 1)
+        return copies
+
+    def fork(self, parent_id, child_id):
+        self.kv[child_id], self.tables[child_id] = self.kv[parent_id][:], self.tables[parent_id][:]
+
+    def free_sequence(self, seq_id):
+        table = self.tables.pop(seq_id)
+        del self.kv[seq_id]
+        self.free += [page for page in reversed(table) if page not in self.held()]
+
+
+def call(function, *args):
+    try:
+        return function(*args)
+    except OutOfPages:
+        return OutOfPages
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_pool_against_the_model(seed):
+    """30,000 random operations, few pages and few different tokens, so that everything is shared, full and evicted."""
+    rng = random.Random(seed)
+    num_pages, page_size = [(7, 1), (12, 3), (16, 4), (9, 8), (30, 2), (20, 4)][seed]
+    pool, model, prompts, counts = BlockPool(num_pages, page_size), Model(num_pages, page_size), {}, Counter()
+    full = False
+    for step in range(5000):
+        live = list(model.tables)
+        operation = (
+            rng.choice(["allocate", "fork" if len(live) < 6 else "free"] + 5 * ["append"]) if live else "allocate"
+        )
+        if live and full and rng.random() < 0.7:
+            operation = "free"
+        seq_id = rng.choice(live) if live else None
+        if operation == "allocate":
+            known = rng.choice(list(prompts.values())) if prompts else []  # a prompt that ended may still be cached
+            tokens = known[: rng.randrange(len(known) + 1)] + rng.choices(range(2), k=rng.randrange(2 * page_size))
+            prompts[step % 4] = tokens
+            got, want = outcome(pool.allocate, step, tokens), model.allocate(step, tokens)
+        elif operation == "append":
+            token = rng.randrange(2)
+            got, want = outcome(pool.append, seq_id, token), model.append(seq_id, token)
+        elif operation == "fork":
+            got, want = outcome(pool.fork, seq_id, step), model.fork(seq_id, step)
+        else:
+            got, want = outcome(pool.free, seq_id), model.free_sequence(seq_id)
+        full = got is OutOfPages
+        counts[operation, "full" if full else bool(got)] += 1
+        assert got == want
+        assert pool.free_queue == model.free
+        assert {seq_id: pool.table(seq_id) for seq_id in pool.seq_ids} == model.tables
+        if step % 4 == 0:
+            pool.check()
+            for seq_id, kv in model.kv.items():
+                assert [model.memory[slot] for slot in pool.slots(seq_id)] == kv  # what attention would read
+    often = [("allocate", True), ("allocate", "full"), ("append", "full")]
+    often += [("append", True)] if page_size > 1 else []  # a page of one token is never half full: no copies
+    assert min(counts[key] for key in often) > 20, counts
+
+
+def outcome(function, *args):
+    try:
+        return function(*args)
+    except OutOfPages:
+        return OutOfPages
+
+
+def pool_with_queue(*pages, num_pages=9, page_size=4):
+    """A pool whose free queue begins with these pages."""
+    pool = BlockPool(num_pages, page_size)
+    for page in range(num_pages):
+        pool.allocate(page, [page])
+    for page in (*pages, *(set(range(num_pages)) - set(pages))):
+        pool.free(page)
+    return pool
+
+
+FOUR_SCORE = list(range(7))  # "Four score and seven years ago our"
+
+
+def test_block_table_of_the_paper():
+    """Figure 6: logical blocks 0, 1, 2 in physical blocks 7, 1, 3; block 1 is filled from 3 to 4, then 3 is taken."""
+    pool = pool_with_queue(7, 1, 3)
+    assert pool.allocate("A", FOUR_SCORE) == 0
+    assert pool.table("A") == [7, 1]
+    assert pool.append("A", 100) == []  # "fathers"
+    assert pool.table("A") == [7, 1]
+    assert pool.append("A", 101) == []  # "brought"
+    assert pool.table("A") == [7, 1, 3]
+    assert pool.slots("A") == [28, 29, 30, 31, 4, 5, 6, 7, 12]
+
+
+def test_parallel_sampling_of_the_paper():
+    """Figure 8: two samples share blocks 7 and 1; the first to write copies block 1 to 3, the last writes in place."""
+    pool = pool_with_queue(7, 1, 3)
+    pool.allocate("A1", FOUR_SCORE)
+    free = pool.num_free
+    pool.fork("A1", "A2")
+    assert pool.num_free == free
+    assert [pool.ref_counts[page] for page in (7, 1)] == [2, 2]
+    assert pool.append("A1", 100) == [(1, 3)]  # "fathers"
+    assert [pool.ref_counts[page] for page in (7, 1, 3)] == [2, 1, 1]
+    assert pool.append("A2", 200) == []  # "mothers"
+    assert (pool.table("A1"), pool.table("A2")) == ([7, 3], [7, 1])
+    pool.check()
+
+
+def test_prefix_caching_of_the_vllm_guide():
+    """The example of vLLM's design document, "Automatic prefix caching": 10 blocks of 4 tokens."""
+    pool = BlockPool(10, 4)
+    first = list(range(15))
+    assert pool.allocate(0, first) == 0  # time 1
+    assert pool.table(0) == [0, 1, 2, 3]
+    pool.append(0, 15)
+    pool.append(0, 16)
+    assert pool.table(0) == [0, 1, 2, 3, 4]  # time 3
+    assert pool.allocate(1, [*first[:10], 50, 51, 52, 53]) == 8  # time 4: 10 tokens are equal, two whole pages
+    assert pool.table(1) == [0, 1, 5, 6]
+    pool.free(0)
+    assert pool.free_queue == [7, 8, 9, 4, 3, 2]  # time 5
+    pool.free(1)
+    assert pool.free_queue == [7, 8, 9, 4, 3, 2, 6, 5, 1, 0]  # time 6
+    assert pool.num_free == 10
+    assert pool.allocate(2, [*first[:12], *range(60, 77)]) == 12  # time 7
+    assert pool.table(2) == [0, 1, 2, 7, 8, 9, 4, 3]
+    assert pool.free_queue == [6, 5]
+    assert pool.cached_pages == {0, 1, 2, 5, 7, 8, 9, 4}  # page 3 lost what it held, and 29 tokens leave it half full
+    pool.check()
+
+
+def test_a_page_with_the_same_tokens_stays_private():
+    """The same guide, "Duplicated blocks": a table never changes, even if another page turns out to hold the same."""
+    pool = BlockPool(10, 4)
+    tables = []
+    for seq_id in "ab":
+        pool.allocate(seq_id, list(b"ABCDEF"))
+        for token in b"GH" if seq_id == "b" else b"GHI":
+            pool.append(seq_id, token)
+        tables.append(pool.table(seq_id))
+    assert tables == [[0, 1, 2], [0, 3]]
+    assert pool.cached_pages == {0, 1}
+    pool.check()
+
+
+def test_a_prompt_that_is_cached_whole_recomputes_its_last_page():
+    pool = BlockPool(8, 4)
+    pool.allocate("a", range(8))
+    assert pool.allocate("b", range(8)) == 4  # not 8: the last token's output is needed
+    assert pool.allocate("c", range(9)) == 8
+    assert pool.allocate("d", []) == 0
+    assert pool.table("d") == []
+    pool.append("d", 0)
+    assert pool.num_tokens("d") == len(pool.table("d")) == 1
+
+
+def test_a_hash_covers_the_whole_beginning():
+    """The second page holds the same four tokens in all of these, but after another first page."""
+    pool = BlockPool(20, 4)
+    pool.allocate("a", [1, 2, 3, 4, 5, 6, 7, 8, 9])
+    assert pool.allocate("b", [0, 2, 3, 4, 5, 6, 7, 8, 9]) == 0
+    assert pool.allocate("c", [5, 6, 7, 8, 5, 6, 7, 8, 9]) == 0
+    assert pool.allocate("d", [1, 2, 3, 4, 5, 6, 7, 8, 0]) == 8
+
+
+def test_pages_are_found_only_once_they_are_published():
+    """A prompt computed in chunks: its later pages hold nothing yet."""
+    pool = BlockPool(20, 4)
+    pool.allocate("a", range(12), publish=False)
+    assert pool.allocate("b", range(12), publish=False) == 0
+    pool.publish("a", 7)
+    assert pool.allocate("c", range(12), publish=False) == 4
+    pool.append("a", 99)  # there is no next token before the whole prompt is computed
+    assert pool.allocate("d", range(13), publish=False) == 12
+    pool.publish("b", 12)
+    pool.check()
+
+
+def test_without_prefix_caching_nothing_is_found():
+    pool = BlockPool(8, 4, prefix_caching=False)
+    pool.allocate("a", range(8))
+    assert pool.allocate("b", range(12)) == 0
+    assert pool.cached_pages == set()
+    pool.check()
+
+
+def test_watermark_holds_pages_back_from_prompts_only():
+    pool = BlockPool(10, 1, watermark=0.25)
+    with pytest.raises(OutOfPages, match="of which 2 are kept"):
+        pool.allocate("a", range(9))
+    pool.allocate("a", range(8))
+    pool.append("a", 8)
+    pool.append("a", 9)
+    assert pool.num_free == 0
+
+
+def state(pool):
+    tables = {seq_id: (pool.table(seq_id), pool.num_tokens(seq_id)) for seq_id in pool.seq_ids}
+    return tables, pool.free_queue, pool.ref_counts, pool.cached_pages
+
+
+MISUSE = {
+    "unknown: append": ("seq_id", lambda pool: pool.append("x", 1)),
+    "unknown: fork": ("parent_id", lambda pool: pool.fork("x", "y")),
+    "unknown: free": ("seq_id", lambda pool: pool.free("x")),
+    "unknown: table": ("seq_id", lambda pool: pool.table("x")),
+    "unknown: publish": ("seq_id", lambda pool: pool.publish("x", 1)),
+    "freed twice": ("seq_id", lambda pool: pool.free("gone")),
+    "repeated: allocate": ("seq_id", lambda pool: pool.allocate("a", [1])),
+    "repeated: fork": ("child_id", lambda pool: pool.fork("a", "b")),
+    "fork onto itself": ("child_id", lambda pool: pool.fork("a", "a")),
+    "tokens: text": ("token_ids", lambda pool: pool.allocate("c", "abc")),
+    "tokens: one number": ("token_ids", lambda pool: pool.allocate("c", 7)),
+    "tokens: a float among them": ("token_ids", lambda pool: pool.allocate("c", [1, 2.5])),
+    "token: None": ("token_id", lambda pool: pool.append("a", None)),
+    "token: too large": ("token_id", lambda pool: pool.append("a", 2**63)),
+    "publish: too many": ("num_tokens", lambda pool: pool.publish("a", 7)),
+    "publish: negative": ("num_tokens", lambda pool: pool.publish("a", -1)),
+}
+
+
+@pytest.mark.parametrize("case", MISUSE)
+def test_misuse_is_named_and_changes_nothing(case):
+    pool = BlockPool(4, 4)
+    pool.allocate("a", range(6))
+    pool.fork("a", "b")
+    pool.allocate("gone", [9])
+    pool.free("gone")
+    before, (name, misuse) = state(pool), MISUSE[case]
+    with pytest.raises(ValueError, match=f"^{name}: got .* expected "):
+        misuse(pool)
+    assert state(pool) == before
+    pool.check()
+
+
+def test_out_of_pages_changes_nothing():
+    pool = BlockPool(4, 4)
+    pool.allocate("old", range(100, 108))
+    pool.free("old")  # two cached pages in the queue: a hit takes them out of it
+    pool.allocate("a", range(6))
+    pool.fork("a", "b")
+    before = state(pool)
+    for tokens in (range(10, 19), [*range(100, 108), 1, 2, 3, 4, 5], [*range(4), *range(4, 17)]):
+        with pytest.raises(OutOfPages, match=r"allocate\('c'\): needs \d free pages, there are 2"):
+            pool.allocate("c", tokens)
+        assert state(pool) == before
+    pool.allocate("c", range(50, 58))
+    before = state(pool)
+    with pytest.raises(OutOfPages, match="append"):
+        pool.append("a", 1)  # needs a copy
+    with pytest.raises(OutOfPages, match="append"):
+        pool.append("c", 1)  # needs a new page
+    assert state(pool) == before
+    pool.free("b")
+    assert pool.append("a", 1) == []  # the last holder needs neither
+    pool.check()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("num_pages", (0, 4)), ("num_pages", (2.0, 4)), ("page_size", (4, 0)), ("page_size", (4, "16"))],
+)
+def test_a_pool_needs_pages(name, arguments):
+    with pytest.raises(ValueError, match=f"^{name}: got .* expected "):
+        BlockPool(*arguments)
+    with pytest.raises(ValueError, match=r"^watermark: got .* expected "):
+        BlockPool(4, 4, watermark=1.0)
+
+
+BREAK = {
+    "a reference lost": lambda pool: pool._refs.__setitem__(0, 1),
+    "a page lost": lambda pool: pool._free.pop(3),
+    "a page held and free": lambda pool: pool._free.__setitem__(0, None),
+    "a page too many": lambda pool: pool._sequences["a"].table.append(3),
+    "a page twice": lambda pool: pool._sequences["a"].table.__setitem__(1, 0),
+    "a page that is not there": lambda pool: pool._free.__setitem__(9, None),
+    "other tokens on a shared page": lambda pool: pool._sequences["b"].tokens.__setitem__(5, 9),
+    "a stale hash": lambda pool: pool._sequences["a"].tokens.__setitem__(0, 9),
+    "a hash for another page": lambda pool: pool._page_of.__setitem__(pool._hash_of[0], 2),
+    "a hash without a page": lambda pool: pool._page_of.__setitem__(b"", 2),
+}
+
+
+@pytest.mark.parametrize("case", BREAK)
+def test_check_finds_what_is_broken(case):
+    pool = BlockPool(4, 4)
+    pool.allocate("a", range(6))
+    pool.fork("a", "b")
+    pool.check()
+    BREAK[case](pool)
+    with pytest.raises(RuntimeError, match="BlockPool is broken: "):
+        pool.check()
+
+
+PLANTED_BUGS = [  # fmt: skip
+    ("labkit/block_pool.py", "shared = not full and self._refs[sequence.table[-1]] > 1", "shared = False"),
+    ("labkit/block_pool.py", "shared = not full and self._refs[sequence.table[-1]] > 1", "shared = not full and self._refs[sequence.table[-1]] > 0"),
+    ("labkit/block_pool.py", "shared = not full and self._refs", "shared = self._refs"),
+    ("labkit/block_pool.py", "            self._refs[src] -= 1\n", ""),
+    ("labkit/block_pool.py", "leaving = missing + sum(self._refs[page] == 0 for page in hits)", "leaving = missing"),
+    ("labkit/block_pool.py", "if (full or shared) and not self._free:", "if full and not self._free:"),
+    ("labkit/block_pool.py", "tokens[:-1]", "tokens"),
+    ("labkit/block_pool.py", "for page in reversed(sequence.table):", "for page in sequence.table:"),
+    ("labkit/block_pool.py", "self._page_of.pop(self._hash_of.pop(page, None), None)", "pass"),
+    ("labkit/block_pool.py", "hashlib.sha256(last + tokens[start", "hashlib.sha256(tokens[start"),
+    ("labkit/block_pool.py", "            if digest not in self._page_of:  # a second", "            if True:  # a second"),
+    ("labkit/block_pool.py", "        self._free.pop(page, None)\n", ""),
+    ("labkit/block_pool.py", "popitem(last=False)", "popitem(last=True)"),
+    ("labkit/block_pool.py", "            if self._refs[page] == 0:\n", "            if self._refs[page] <= 1:\n"),
+    ("labkit/block_pool.py", "return _Sequence(self.tokens[:], self.table[:], self.hashes[:])", "return _Sequence(self.tokens[:], self.table, self.hashes[:])"),
+    ("labkit/block_pool.py", "self.num_free - self.reserve", "self.num_free"),
+    ("labkit/block_pool.py", "        if publish:\n", "        if True:\n"),
+    ("labkit/block_pool.py", "pages.append(self._page_of[digest])", "pages.insert(0, self._page_of[digest])"),
+]
