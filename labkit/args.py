@@ -136,3 +136,51 @@ def linear(x, w, dtypes=FLOATS) -> tuple[int, int, int]:
     m, k = x.shape
     tensor("w", w, ("n", k), like=x, dtype=x.dtype)
     return m, w.shape[0], k
+
+
+def pages(k_pages, v_pages, like: torch.Tensor, head_dim: int | str = "head_dim") -> tuple[int, int, int, int]:
+    """Check a paged cache: k_pages, v_pages [P, page_size, Hkv, D]. Returns (P, page_size, Hkv, D)."""
+    tensor("k_pages", k_pages, ("num_pages", "page_size", "num_kv_heads", head_dim), like=like, dtype=like.dtype)
+    tensor("v_pages", v_pages, tuple(k_pages.shape), like=like, dtype=like.dtype)
+    expect(k_pages.shape[1] >= 1, "k_pages (page_size)", 0, "at least 1")
+    return tuple(k_pages.shape)
+
+
+def page_table(block_table, kv_lens, batch: int, num_pages: int, page_size: int, like: torch.Tensor) -> int:
+    """Check block_table [B, max_pages] and kv_lens [B], int32. Returns max_pages.
+
+    Values: every page that kv_lens reaches must exist; what stands in the table beyond is never looked at.
+    """
+    tensor("block_table", block_table, (batch, "max_pages"), like=like, dtype=torch.int32)
+    tensor("kv_lens", kv_lens, (batch,), like=like, dtype=torch.int32)
+    max_pages = block_table.shape[1]
+    in_range("kv_lens", kv_lens, 0, max_pages * page_size)
+    if checks_values(block_table):
+        used = torch.arange(max_pages, device=like.device) * page_size < kv_lens[:, None]
+        in_range("block_table", block_table[used], 0, num_pages - 1)
+    return max_pages
+
+
+def paged(q, k_pages, v_pages, block_table, kv_lens, dtypes=FLOATS) -> tuple[int, int, int, int, int]:
+    """Check the arguments of a decode step over pages: q [B, Hq, D]; k_pages, v_pages [P, page_size, Hkv, D];
+    block_table [B, max_pages] int32; kv_lens [B] int32. Returns (B, Hq, Hkv, max_pages, D).
+    """
+    tensor("q", q, ("batch", "num_q_heads", "head_dim"), dtypes=dtypes)
+    batch, num_q_heads, dim = q.shape
+    head_dim("q", dim)
+    num_pages, page_size, num_kv_heads, _ = pages(k_pages, v_pages, q, dim)
+    heads(num_q_heads, num_kv_heads)
+    max_pages = page_table(block_table, kv_lens, batch, num_pages, page_size, q)
+    return batch, num_q_heads, num_kv_heads, max_pages, dim
+
+
+def write_kv(k, v, k_pages, v_pages, slots, dtypes=FLOATS) -> None:
+    """Check the arguments of `write_kv`: k, v [N, Hkv, D]; k_pages, v_pages [P, page_size, Hkv, D]; slots [N] int64."""
+    tensor("k", k, ("tokens", "num_kv_heads", "head_dim"), dtypes=dtypes)
+    tensor("v", v, tuple(k.shape), like=k, dtype=k.dtype)
+    num_pages, page_size, num_kv_heads, _ = pages(k_pages, v_pages, k, k.shape[2])
+    expect(num_kv_heads == k.shape[1], "k_pages (num_kv_heads)", num_kv_heads, str(k.shape[1]))
+    tensor("slots", slots, (k.shape[0],), like=k, dtype=torch.int64)
+    if slots.numel() and checks_values(slots):
+        top = int(slots.max())  # a negative one is skipped
+        expect(top < num_pages * page_size, "slots", f"values up to {top}", f"below {num_pages * page_size}")

@@ -1,9 +1,16 @@
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
+import torch
 
-from labkit.block_pool import BlockPool, OutOfPages
+import kernels.paged_attention as paged
+from labkit import args
+from labkit import paged_attention as ref
+from labkit.attention import decode_attention
+from labkit.check import BF16, DECODE_CASES, F16, F32, DecodeCase, assert_matches, randn
+from labkit.paged_attention import BlockPool, OutOfPages
 
 # ---- the pool
 
@@ -368,10 +375,246 @@ def test_check_finds_what_is_broken(case):
         pool.check()
 
 
-PLANTED_BUGS = [  # fmt: skip
+# ---- the kernels
+
+GARBAGE = (-1, 2**31 - 1, -(2**31))
+
+
+def paged_inputs(case: DecodeCase, page_size: int, device, seed=1):
+    """The case's keys and values in pages of a larger pool, in random order; all other slots are NaN, and what stands
+    in the table beyond kv_len is garbage. `strided` also leaves gaps between pages, heads and table entries."""
+    q, k, v, kv_lens = case.tensors(device)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(sum(-(-n // page_size) for n in case.kv_lens) + 3)
+    k_pages, v_pages, used = ref.to_pages(k, v, kv_lens, page_size, order)
+    block_table = torch.tensor(
+        rng.choice(GARBAGE, (used.shape[0], used.shape[1] + 2)), dtype=torch.int32, device=device
+    )
+    block_table[:, : used.shape[1]] = torch.where(used < 0, block_table[:, : used.shape[1]], used)
+    if case.strided:
+        num_pages, _, num_kv_heads, dim = k_pages.shape
+        wide = [torch.full((num_pages, num_kv_heads, page_size + 1, 2 * dim), float("nan")).to(k) for _ in "kv"]
+        wide = [x[:, :, :page_size, ::2].transpose(1, 2) for x in wide]
+        k_pages, v_pages = wide[0].copy_(k_pages), wide[1].copy_(v_pages)
+        block_table = torch.stack([block_table, torch.full_like(block_table, -5)], 2).flatten(1)[:, ::2]
+    return q, k_pages, v_pages, block_table, kv_lens
+
+
+def nan_in_fresh_memory(monkeypatch):
+    """An output that a kernel forgets to write is NaN, not a lucky leftover."""
+    empty, empty_like = torch.empty, torch.empty_like
+    fill = lambda x: x.fill_(float("nan")) if x.is_floating_point() else x  # noqa: E731
+    monkeypatch.setattr(torch, "empty", lambda *a, **kw: fill(empty(*a, **kw)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **kw: fill(empty_like(*a, **kw)))
+
+
+# Every decode case with another page size: powers of two and others, below, equal to and above the tile of 32 or 64.
+SIZES = (16, 1, 64, 256, 3, 32, 128, 100, 8, 2, 192)
+PAGED_CASES = [(case, SIZES[i % len(SIZES)]) for i, case in enumerate(DECODE_CASES)]
+PAGED_CASES += [
+    (DecodeCase("a tile is one page", (129, 64), dtype=F16, num_splits=2), 64),
+    (DecodeCase("a tile is part of a page", (300, 1), dtype=BF16, num_splits=2), 256),
+    (DecodeCase("a tile spans four pages", (129, 70), dtype=BF16, num_splits=1), 16),
+    (DecodeCase("strided, small pages", (70, 3), dtype=F16, strided=True, num_splits=2), 5),
+    (DecodeCase("strided, large pages", (130, 128), dtype=F32, strided=True, num_splits=2), 32),
+]
+
+
+@pytest.mark.parametrize(("case", "page_size"), PAGED_CASES, ids=lambda x: getattr(x, "name", x))
+def test_kernel(case, page_size, device, monkeypatch):
+    inputs = paged_inputs(case, page_size, device)
+    nan_in_fresh_memory(monkeypatch)
+    got = paged.paged_decoding(*inputs, num_splits=case.num_splits, sm_scale=case.sm_scale)
+    assert_matches(got, ref.paged_decoding, *inputs, sm_scale=case.sm_scale)
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_kernel_without_reading_ahead(page_size, device):
+    inputs = paged_inputs(DecodeCase("", (129, 0), 2, 1, dtype=F16), page_size, device)
+    got = paged.paged_decoding(*inputs, num_splits=1, read_ahead=False)
+    assert_matches(got, ref.paged_decoding, *inputs)
+
+
+@pytest.mark.parametrize(("case", "page_size"), PAGED_CASES, ids=lambda x: getattr(x, "name", x))
+def test_reference_equals_contiguous_attention(case, page_size):
+    """Pages in the table's order are the contiguous cache: the same numbers, bit for bit up to the sum's order."""
+    got = ref.paged_decoding(*paged_inputs(case, page_size, "cpu"), sm_scale=case.sm_scale)
+    assert_matches(got, decode_attention, *case.tensors(), sm_scale=case.sm_scale)
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_pages_that_do_not_exist_are_absent(page_size, device, monkeypatch):
+    """As on a GPU, where values are not looked at: kernel and reference leave their tokens out, and clamp kv_lens."""
+    case = DecodeCase("", (150, 64, 129), dtype=F32)
+    q, k_pages, v_pages, block_table, kv_lens = paged_inputs(case, page_size, device)
+    _, k, v, _ = case.tensors(device)
+    block_table[0, 1], block_table[1, :2] = 10**6, -3
+    block_table[2, -2:] = block_table[2, 0]
+    monkeypatch.setattr(args, "checks_values", lambda x: False)
+    kv_lens[1] = page_size  # its only page is missing
+    inputs = (q, k_pages, v_pages, block_table, kv_lens)
+    got = paged.paged_decoding(*inputs, num_splits=2)
+    assert_matches(got, ref.paged_decoding, *inputs)
+    k, v = (torch.cat([x[:1, :page_size], x[:1, 2 * page_size : 150]], 1) for x in (k, v))
+    rest = torch.tensor([150 - page_size], dtype=torch.int32, device=device)
+    assert_matches([x[:1] for x in got], decode_attention, q[:1], k, v, rest)
+    assert (got[0][1] == 0).all()
+    assert (got[1][1] == float("-inf")).all()
+    low = torch.tensor([-5, 0, 0], dtype=torch.int32, device=device)
+    assert (paged.paged_decoding(q, k_pages, v_pages, block_table, low)[0] == 0).all()
+
+
+def test_kv_lens_are_clamped_to_the_table(device, monkeypatch):
+    monkeypatch.setattr(args, "checks_values", lambda x: False)
+    q, k_pages, v_pages, _, kv_lens = paged_inputs(DecodeCase("", (64, 32)), 16, device)
+    table = torch.tensor([[0, 1], [2, 3], [4, 5]], dtype=torch.int32, device=device)
+    k_pages, v_pages = k_pages.nan_to_num(0.5), v_pages.nan_to_num(0.5)
+    got = paged.paged_decoding(q, k_pages, v_pages, table[:2], kv_lens + 1000, num_splits=2)
+    assert_matches(got, ref.paged_decoding, q, k_pages, v_pages, table[:2], torch.full_like(kv_lens, 32))
+    assert_matches(got, ref.paged_decoding, q, k_pages, v_pages, table[:2], kv_lens + 1000)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 12, 40])
+@pytest.mark.parametrize("dtype", [F16, BF16, F32])
+def test_write_kv(dtype, num_kv_heads, device):
+    rng = np.random.default_rng(num_kv_heads)
+    num_pages, page_size, dim = 5, 3, 80
+    k, v = (randn(rng, 6, num_kv_heads, 2 * dim, dtype=dtype, device=device)[..., ::2] for _ in "kv")
+    slots = torch.tensor([14, -1, 3, 0, 7, -(10**10)], device=device)
+    shape = (num_pages, num_kv_heads, page_size, dim)
+    k_pages, v_pages = (randn(rng, *shape, dtype=dtype, device=device).transpose(1, 2) for _ in "kv")
+    want = [k_pages.clone(), v_pages.clone()]
+    for i, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            want[0][slot // page_size, slot % page_size] = k[i]
+            want[1][slot // page_size, slot % page_size] = v[i]
+    for write_kv in (ref.write_kv, paged.write_kv):
+        pages = [k_pages.clone(memory_format=torch.preserve_format), v_pages.clone()]
+        assert write_kv(k, v, *pages, slots) is None
+        assert all(map(torch.equal, pages, want))
+
+
+def test_write_kv_beyond_the_last_page(device, monkeypatch):
+    """Skipped where values are not looked at; nothing to write is no error."""
+    monkeypatch.setattr(args, "checks_values", lambda x: False)
+    for write_kv in (ref.write_kv, paged.write_kv):
+        k_pages, v_pages = torch.zeros(2, 4, 3, 2, 64, device=device)  # slot 6 would be the next page's first
+        k, slots = torch.ones(2, 2, 64, device=device), torch.tensor([6, 2**40], device=device)
+        write_kv(k, k, k_pages[:2], v_pages[:2], slots)
+        write_kv(k[:0], k[:0], k_pages, v_pages, slots[:0])
+        assert k_pages.abs().sum() == v_pages.abs().sum() == 0
+
+
+def test_a_decode_loop_over_a_pool(device):
+    """Pool, write_kv, page copies and paged_decoding together, with a fork: the same as contiguous caches."""
+    rng, page_size = np.random.default_rng(5), 4
+    pool, pages = (
+        BlockPool(12, page_size),
+        [torch.full((12, page_size, 2, 64), float("nan"), device=device) for _ in "kv"],
+    )
+    caches = {}
+
+    def store(seq_id, start):
+        slots = torch.tensor(pool.slots(seq_id, start), device=device)
+        paged.write_kv(caches[seq_id][0][start:], caches[seq_id][1][start:], *pages, slots)
+
+    caches["a"] = [randn(rng, 6, 2, 64, device=device) for _ in "kv"]
+    pool.allocate("a", range(6))
+    store("a", 0)
+    pool.fork("a", "b")
+    caches["b"] = list(caches["a"])
+    for step in range(5):
+        for seq_id in "ab":
+            for src, dst in pool.append(seq_id, step):
+                assert step == 0
+                for x in pages:
+                    x[dst] = x[src]
+            caches[seq_id] = [torch.cat([x, randn(rng, 1, 2, 64, device=device)]) for x in caches[seq_id]]
+            store(seq_id, len(caches[seq_id][0]) - 1)
+    kv_lens = torch.tensor([11, 11], dtype=torch.int32, device=device)
+    k, v = (torch.stack([caches[seq_id][i] for seq_id in "ab"]) for i in (0, 1))
+    q = randn(rng, 2, 4, 64, device=device)
+    got = paged.paged_decoding(q, *pages, ref.pad_tables([pool.table("a"), pool.table("b")], device), kv_lens)
+    assert_matches(got, decode_attention, q, k, v, kv_lens)
+
+
+def test_page_walk_is_attention():
+    q, k_pages, v_pages, block_table, kv_lens = paged_inputs(DecodeCase("", (30,), 1, 1), 4, "cpu")
+    steps = list(ref.page_walk(q[0, 0], k_pages[:, :, 0], v_pages[:, :, 0], block_table[0].tolist(), 30))
+    assert [step[:2] for step in steps] == [(page, 4) for page in block_table[0, :7].tolist()] + [
+        (block_table[0, 7], 2)
+    ]
+    *_, (_, _, _, m, l, acc) = steps
+    o, lse = ref.paged_decoding(q, k_pages, v_pages, block_table, kv_lens)
+    torch.testing.assert_close(acc / l, o[0, 0])
+    torch.testing.assert_close(m + l.log(), lse[0, 0])
+
+
+TABLE = torch.tensor([[4, 0], [2, -1]], dtype=torch.int32)
+GOOD = dict(
+    q=(2, 4, 64), k_pages=(5, 16, 2, 64), v_pages=(5, 16, 2, 64), block_table=TABLE,
+    kv_lens=torch.tensor([17, 16], dtype=torch.int32),
+)  # fmt: skip
+BAD = {
+    "q: two dimensions": ("q", dict(q=(4, 64))),
+    "q: integers": ("q", dict(q=torch.zeros(2, 4, 64, dtype=torch.int32))),
+    "heads do not divide": ("q", dict(q=(2, 5, 64))),
+    "head_dim too large": ("q", dict(q=(2, 4, 257), k_pages=(5, 16, 2, 257), v_pages=(5, 16, 2, 257))),
+    "k_pages: other head_dim": ("k_pages", dict(k_pages=(5, 16, 2, 32))),
+    "k_pages: three dimensions": ("k_pages", dict(k_pages=(5, 16, 64))),
+    "k_pages: other dtype": ("k_pages", dict(k_pages=torch.zeros(5, 16, 2, 64, dtype=F16))),
+    "k_pages: other device": ("k_pages", dict(k_pages=torch.zeros(5, 16, 2, 64, device="meta"))),
+    "k_pages: pages of nothing": ("k_pages", dict(k_pages=(5, 0, 2, 64), v_pages=(5, 0, 2, 64))),
+    "v_pages: other page size": ("v_pages", dict(v_pages=(5, 8, 2, 64))),
+    "block_table: int64": ("block_table", dict(block_table=TABLE.long())),
+    "block_table: other batch": ("block_table", dict(block_table=TABLE[:1])),
+    "block_table: a page too high": ("block_table", dict(block_table=TABLE + 1)),
+    "block_table: a page is missing": ("block_table", dict(block_table=-TABLE)),
+    "kv_lens: int64": ("kv_lens", dict(kv_lens=torch.tensor([17, 16]))),
+    "kv_lens: longer than the table": ("kv_lens", dict(kv_lens=torch.tensor([17, 33], dtype=torch.int32))),
+    "kv_lens: negative": ("kv_lens", dict(kv_lens=torch.tensor([-1, 16], dtype=torch.int32))),
+    "num_splits: zero": ("num_splits", dict(num_splits=0)),
+}
+GOOD_WRITE = dict(
+    k=(3, 2, 64), v=(3, 2, 64), k_pages=(5, 16, 2, 64), v_pages=(5, 16, 2, 64), slots=torch.tensor([79, -1, 0])
+)
+BAD_WRITE = {
+    "k: two dimensions": ("k", dict(k=(3, 64))),
+    "k: integers": ("k", dict(k=torch.zeros(3, 2, 64, dtype=torch.int32))),
+    "v: other heads": ("v", dict(v=(3, 1, 64))),
+    "k_pages: other heads": ("k_pages", dict(k_pages=(5, 16, 1, 64), v_pages=(5, 16, 1, 64))),
+    "k_pages: other dtype": ("k_pages", dict(k_pages=torch.zeros(5, 16, 2, 64, dtype=F16))),
+    "v_pages: other shape": ("v_pages", dict(v_pages=(4, 16, 2, 64))),
+    "slots: int32": ("slots", dict(slots=torch.tensor([1, 2, 3], dtype=torch.int32))),
+    "slots: other length": ("slots", dict(slots=torch.tensor([1, 2]))),
+    "slots: beyond the last page": ("slots", dict(slots=torch.tensor([80, 1, 2]))),
+}
+CALLS = [("paged_decoding", case, GOOD, *BAD[case]) for case in BAD]
+CALLS += [("write_kv", case, GOOD_WRITE, *BAD_WRITE[case]) for case in BAD_WRITE]
+
+
+@pytest.mark.parametrize("module", [paged, ref], ids=["kernel", "reference"])
+@pytest.mark.parametrize(
+    ("function", "case", "good", "name", "changed"), CALLS, ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_bad_input_is_named(function, case, good, name, changed, module, device, monkeypatch):
+    monkeypatch.setenv("LAB_CHECK", "1")  # look at values also where they live on a GPU
+    given = {n: torch.zeros(x) if isinstance(x, tuple) else x for n, x in (good | changed).items()}
+    given = {n: x.to(device) if getattr(x, "device", None) == torch.device("cpu") else x for n, x in given.items()}
+    with pytest.raises(ValueError, match=f"^{name}\\b.*got .* expected "):
+        getattr(module, function)(**given)
+
+
+def test_to_pages_needs_enough_pages():
+    _, k, v, kv_lens = DecodeCase("", (40, 3)).tensors()
+    with pytest.raises(ValueError, match=r"^order: got 3 pages, expected at least 4"):
+        ref.to_pages(k, v, kv_lens, 16, range(3))
+
+
+# fmt: off
+PLANTED_BUGS = [
     ("labkit/block_pool.py", "shared = not full and self._refs[sequence.table[-1]] > 1", "shared = False"),
-    ("labkit/block_pool.py", "shared = not full and self._refs[sequence.table[-1]] > 1", "shared = not full and self._refs[sequence.table[-1]] > 0"),
-    ("labkit/block_pool.py", "shared = not full and self._refs", "shared = self._refs"),
+    ("labkit/block_pool.py", "shared = not full and self._refs[sequence.table[-1]] > 1", "shared = not full"),
     ("labkit/block_pool.py", "            self._refs[src] -= 1\n", ""),
     ("labkit/block_pool.py", "leaving = missing + sum(self._refs[page] == 0 for page in hits)", "leaving = missing"),
     ("labkit/block_pool.py", "if (full or shared) and not self._free:", "if full and not self._free:"),
@@ -383,8 +626,28 @@ PLANTED_BUGS = [  # fmt: skip
     ("labkit/block_pool.py", "        self._free.pop(page, None)\n", ""),
     ("labkit/block_pool.py", "popitem(last=False)", "popitem(last=True)"),
     ("labkit/block_pool.py", "            if self._refs[page] == 0:\n", "            if self._refs[page] <= 1:\n"),
-    ("labkit/block_pool.py", "return _Sequence(self.tokens[:], self.table[:], self.hashes[:])", "return _Sequence(self.tokens[:], self.table, self.hashes[:])"),
+    ("labkit/block_pool.py", "self.tokens[:], self.table[:],", "self.tokens[:], self.table,"),
     ("labkit/block_pool.py", "self.num_free - self.reserve", "self.num_free"),
     ("labkit/block_pool.py", "        if publish:\n", "        if True:\n"),
     ("labkit/block_pool.py", "pages.append(self._page_of[digest])", "pages.insert(0, self._page_of[digest])"),
+    ("kernels/paged_attention.py", "mask_n = (key < end) & (page >= 0)", "mask_n = (page >= 0)"),
+    ("kernels/paged_attention.py", " & (page >= 0) & (page < num_pages)", " & (page < num_pages)"),
+    ("kernels/paged_attention.py", " & (page >= 0) & (page < num_pages)", " & (page >= 0)"),
+    ("kernels/paged_attention.py", "mask=key < end, other=-1", "mask=key < end + BLOCK_N, other=-1"),
+    ("kernels/paged_attention.py", "next_page = _pages_of_tile(table_ptr, stride_tp, first + BLOCK_N, end", "next_page = _pages_of_tile(table_ptr, stride_tp, first, end"),
+    ("kernels/paged_attention.py", "    if PAGE_SIZE % BLOCK_N == 0:", "    if PAGE_SIZE >= BLOCK_N:"),
+    ("kernels/paged_attention.py", "offset = key % PAGE_SIZE", "offset = offs_n % PAGE_SIZE"),
+    ("kernels/paged_attention.py", "(key // PAGE_SIZE) * stride_tp", "(key // PAGE_SIZE)"),
+    ("kernels/paged_attention.py", "table_ptr += pid_b * stride_tb", "table_ptr += 0"),
+    ("kernels/paged_attention.py", "(page * stride_vp + offset * stride_vn)", "(page * stride_kp + offset * stride_vn + 1)"),
+    ("kernels/paged_attention.py", "tl.load(kv_lens_ptr + pid_b), 0), max_kv_len)", "tl.load(kv_lens_ptr + pid_b), 0), max_kv_len + 1000)"),
+    ("kernels/paged_attention.py", "mask_n[None, :], m, l, acc, qk_scale, True)", "mask_n[None, :], m, l, acc, qk_scale, False)"),
+    ("kernels/paged_attention.py", "if (slot >= 0) & (slot < num_slots):", "if slot >= 0:"),
+    ("kernels/paged_attention.py", "if (slot >= 0) & (slot < num_slots):", "if slot < num_slots:"),
+    ("kernels/paged_attention.py", "offs_h = tl.program_id(1) * BLOCK_H + ", "offs_h = "),
+    ("kernels/paged_attention.py", "tl.store(v_ptrs, v, mask=mask)", "tl.store(v_ptrs, k, mask=mask)"),
+    ("labkit/paged_attention.py", "position % page_size)[(page >= 0)", "position)[(page >= 0)"),
+    ("labkit/paged_attention.py", "kept = (slots >= 0) &", "kept ="),
+    ("labkit/args.py", "block_table[used], 0, num_pages - 1", "block_table[used], 0, num_pages"),
+    ("labkit/args.py", "expect(top < num_pages * page_size", "expect(top <= num_pages * page_size"),
 ]
