@@ -127,15 +127,15 @@ def hashes(cases, ops) -> dict[tuple[str, str], str]:
     return {(case.name, name): digest for case in cases for name, (_, digest) in providers(case, ops).items()}
 
 
-def judge(got, reference, inputs) -> tuple[float | None, str]:
-    """(largest error, "ok: ..." or "wrong: ..."). A peer may return fewer outputs than the reference."""
+def judge(got, reference, inputs, partial=False) -> tuple[float | None, str]:
+    """(largest error, "ok: ..." or "wrong: ..."). partial: got may be the first outputs of the reference only."""
     count = len(got) if isinstance(got, (tuple, list)) else 1
 
     def first(**kwargs):
         out = reference(**kwargs)
         return out[:count] if isinstance(out, (tuple, list)) else out
 
-    verdicts = check.compare(got, first, **inputs)
+    verdicts = check.compare(got, first if partial else reference, **inputs)
     worst = max(verdicts, key=lambda v: (not v.ok, v.error))
     error = max(v.error for v in verdicts)
     why = worst.problem or f"error {worst.error:.2g}, limit {worst.limit:.2g}"
@@ -159,19 +159,19 @@ def measure(topic, case, ops, machine: Machine) -> list[Row]:
     """Check every provider of a case, then time those that are right, in turn."""
     reference = once(getattr(topic_module(topic), case.reference or case.op))
     generator = torch.Generator(machine.device).manual_seed(SEED)
-    copies = timing.num_copies(case.bytes) if machine.timer else 1
-    copies = [case.make(generator, machine.device) for _ in range(copies)]
-    rows, samplers = {}, {}
+    num_copies = timing.num_copies(case.bytes) if machine.timer else 1
+    copies, rows, samplers = [], {}, {}
     for name, (prepare, digest) in providers(case, ops).items():
         row = Row(topic, case.name, name, False, [], case.bytes, None, "", "", **machine.shared, source_hash=digest)
         try:
             if name in case.without:
                 raise NotRun(case.without[name])
+            copies = copies or [case.make(generator, machine.device) for _ in range(num_copies)]
             calls = [prepare(**inputs) for inputs in copies]
             # a library is trusted to write its outputs, and poison would make a compiled one compile again
             with poisoned() if digest else contextlib.nullcontext():
                 got = calls[0]()
-            error, verdict = judge(got, reference, copies[0])
+            error, verdict = judge(got, reference, copies[0], partial=not digest)
             row = replace(row, error=error, verdict=verdict)
             if machine.timer and verdict.startswith("ok"):
                 samplers[name], mode = machine.timer(calls, graph=case.graph)

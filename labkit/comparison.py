@@ -131,22 +131,24 @@ class Comparison:
         return lines
 
     def table(self, section) -> list[list[str]]:
-        """Header and one line a case. A peer's cell holds its time and, in brackets, its time / ours."""
-        cases = self._section(section)
-        own = list(dict.fromkeys(n for c in cases for n in (self.cases[c].op, *self.cases[c].variants)))
-        peers = list(dict.fromkeys(n for c in cases for n in self.cases[c].peers))
-        header = ["case", "MB", "limit us"]
-        header += [h for n in own for h in (f"{n} us [p20-p80]", "GB/s", "of limit")]
-        header += [*peers, "against the best peer"]
-        lines = [header]
-        for c in cases:
-            line = [c, f"{self.cases[c].bytes / 1e6:.3g}", _cell(self.floor(c))]
-            for name in own:
-                us, spread, share = self.us(c, name), self.spread(c, name), self.share(c, name)
-                line.append(f"{us:.1f} [{spread[0]:.1f}-{spread[1]:.1f}]" if us else "-")
-                line += [_cell(self.gbs(c, name), ".0f"), _cell(share, ".0%")]
-            for peer in peers:
-                ratio, us = self.ratio(c, peer), _cell(self.us(c, peer))
+        """Header and one line a case. The cell of a variant or a peer: its time and, in brackets, its time / ours.
+
+        Who was timed on no case of the section has no column; `notes` gives the reason.
+        """
+        cases = [self.cases[name] for name in self._section(section)]
+        others = dict.fromkeys(name for case in cases for name in (*case.variants, *case.peers))
+        others = [name for name in others if any(self.us(case.name, name) for case in cases)]
+        own = " / ".join(dict.fromkeys(case.op for case in cases))
+        figures = ["MB", "limit us", f"{own} us [p20-p80]", "GB/s", "of limit"]
+        lines = [["case", *figures, *others, "against the best peer"]]
+        for case in cases:
+            c = case.name
+            us, spread = self.us(c), self.spread(c)
+            line = [c, f"{case.bytes / 1e6:.3g}", _cell(self.floor(c))]
+            line.append(f"{us:.1f} [{spread[0]:.1f}-{spread[1]:.1f}]" if us else "-")
+            line += [_cell(self.gbs(c), ".0f"), _cell(self.share(c), ".0%")]
+            for name in others:
+                ratio, us = self.ratio(c, name), _cell(self.us(c, name))
                 line.append(f"{us} ({ratio:.2f})" if ratio else us)
             lines.append([*line, self.result(c) or "-"])
         return lines
@@ -164,7 +166,11 @@ class Comparison:
             if not rows:
                 groups.setdefault("not measured", []).append(c)
         total = len(self._section(section))
-        return [f"{text} ({'all cases' if len(cs) == total else ', '.join(cs)})" for text, cs in groups.items()]
+
+        def where(names):
+            return ", ".join(names) if len(names) <= 3 else f"{len(names)} of {total} cases"
+
+        return [f"{text} ({where(names)})" for text, names in groups.items()]
 
     def _section(self, section) -> list[str]:
         return [name for name, case in self.cases.items() if case.section == section]

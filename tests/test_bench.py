@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import kernels.__main__ as program
-from labkit import bench, peers, provenance, record, timing
+from labkit import bench, check, peers, provenance, record, timing
 from labkit import flash_decoding as decoding
 from labkit.attention import decode_attention
 from labkit.comparison import Comparison
@@ -36,6 +36,12 @@ def half_written(x):
     out = torch.empty_like(x)
     out[:32] = x[:32] + x[:32]
     return out
+
+
+def spy(x):
+    out = torch.empty_like(x)
+    spy.poisoned = bool(out.isnan().all())
+    return torch.add(x, x, out=out)
 
 
 def make(generator, device):
@@ -138,6 +144,34 @@ def test_a_wrong_kernel_is_never_timed(topic, kernel):
     assert m.timer.count == 1  # the peer alone
 
 
+def test_kernels_are_poisoned_and_peers_are_not(topic):
+    modes = []
+
+    def peer(x):
+        return lambda: modes.append(torch.get_deterministic_debug_mode()) or x * 2
+
+    topic.double = spy
+    bench.measure("doubling", replace(doubling_cases()[0], peers={"peer": peer}), topic, machine(1.0))
+    assert spy.poisoned
+    assert modes == [0]
+
+
+def test_only_a_peer_may_leave_outputs_out(topic, monkeypatch):
+    monkeypatch.setattr(sys.modules["labkit.doubling"], "double", lambda x: (x + x, x))
+    rows = {row.provider: row for row in measured(topic, 1.0)}
+    assert rows["peer"].ran
+    assert rows["double"].verdict == "not run: AssertionError: 1 outputs, the reference has 2"
+
+
+def test_out_of_memory_is_a_reason(topic):
+    def too_large(generator, device):
+        raise torch.OutOfMemoryError("tried to allocate 5 TiB")
+
+    rows = bench.measure("doubling", replace(doubling_cases()[0], make=too_large), topic, machine(1.0))
+    assert rows[0].verdict == "not run: OutOfMemoryError: tried to allocate 5 TiB"
+    assert not any(row.ran for row in rows)
+
+
 def test_a_raising_kernel_is_reported(topic):
     topic.double = refuse
     rows = {row.provider: row for row in measured(topic, 10.0)}
@@ -150,7 +184,8 @@ def refuse(x):
 
 
 def test_variants_and_eager_cases(topic):
-    case = replace(doubling_cases()[0], op="scale", variants={"by three": {"factor": 3}}, graph=False, reference="double")
+    case = replace(doubling_cases()[0], op="scale", reference="double", graph=False)
+    case = replace(case, variants={"by three": {"factor": 3}})
     topic.scale = scale
     rows = {row.provider: row for row in bench.measure("doubling", case, topic, machine(10.0))}
     assert rows["scale"].ran
@@ -226,6 +261,17 @@ def test_figures(topic, monkeypatch):
         assert "missing: not run: ModuleNotFoundError: No module named" in text
         assert "Measured now on Test GPU: 2026-01-01 00:00:00 UTC, commit abc, driver 1, torch 2, triton 3." in text
         assert "copy 2000 GB/s" in text
+    head, first, _ = live.table("first")
+    assert dict(zip(head, first)) == {
+        "case": "case 0",
+        "MB": "100",
+        "limit us": "50.0",
+        "double us [p20-p80]": "100.0 [99.9-100.1]",
+        "GB/s": "1000",
+        "of limit": "50%",
+        "peer": "80.0 (0.80)",
+        "against the best peer": "1.25x slower than peer",
+    }
     assert live.row("case 0", "wrong peer").ran is False
     assert live.us("case 0", "wrong peer") is None
     assert live.ratio("case 0", "wrong peer") is None
@@ -425,7 +471,7 @@ def test_dry_run_of_flash_decoding(monkeypatch, capsys):
     assert program.dry(["flash_decoding"]) == 0
     out = capsys.readouterr().out
     for name in ("flash_decoding", "one launch", "no split", "naive torch", "SDPA flash", "SDPA math"):
-        assert out.count(f"  {name}: ok") == 2
+        assert out.count(f"  {name}: ok") == len(cases)
 
 
 def test_topics_are_found_and_unknown_names_refused(capsys):
@@ -504,13 +550,15 @@ def test_the_published_table_is_the_blogs():
     assert len(decoding.PUBLISHED_US) == 10
 
 
+def assert_output_matches(o, *args):
+    check.assert_matches(o, lambda *args: decode_attention(*args)[0], *args)
+
+
 @pytest.mark.parametrize("name", ["naive torch", "SDPA flash", "SDPA flash [B,H,L,D]", "SDPA math", "FlexDecoding"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_peers_agree_and_refuse_ragged_lengths(name):
-    q, k, v = (torch.randn(2, *shape, generator=torch.manual_seed(0)) for shape in ((8, 64), (48, 2, 64), (48, 2, 64)))
-    lens = torch.tensor([33, 33], dtype=torch.int32)
-    expected, _ = decode_attention(q, k, v, lens)
-    torch.testing.assert_close(peers.DECODE[name](q, k, v, lens)(), expected)
+    q, k, v, lens = check.DecodeCase("", (33, 33), 8, 2, capacity=48).tensors()
+    assert_output_matches(peers.DECODE[name](q, k, v, lens)(), q, k, v, lens)
     with pytest.raises(ValueError, match="kv_lens: got 2 different lengths"):
         peers.DECODE[name](q, k, v, torch.tensor([33, 20], dtype=torch.int32))
 
@@ -541,9 +589,8 @@ def test_flashinfer_is_planned_over_the_pages_of_a_contiguous_cache(monkeypatch)
     stand_in = types.SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=Wrapper)
     monkeypatch.setitem(sys.modules, "flashinfer", stand_in)
     peers._flashinfer_wrapper.cache_clear()
-    q, k, v = (torch.randn(3, *shape, generator=torch.manual_seed(0)) for shape in ((8, 64), (48, 2, 64), (48, 2, 64)))
-    lens = torch.tensor([33, 16, 1], dtype=torch.int32)
-    torch.testing.assert_close(peers.flashinfer(q, k, v, lens)(), decode_attention(q, k, v, lens)[0])
+    q, k, v, lens = check.DecodeCase("", (33, 16, 1), 8, 2, capacity=48).tensors()
+    assert_output_matches(peers.flashinfer(q, k, v, lens)(), q, k, v, lens)
     with pytest.raises(ValueError, match="multiple of 16"):
         peers.flashinfer(q, k[:, :40], v[:, :40], lens)
     peers._flashinfer_wrapper.cache_clear()
@@ -598,7 +645,8 @@ class FakeCuda:
 
 
 @pytest.mark.parametrize(
-    ("graph", "refuse", "mode", "us"), [(True, False, "graph", 3.0), (True, True, "eager", 10.0), (False, False, "eager", 10.0)]
+    ("graph", "refuse", "mode", "us"),
+    [(True, False, "graph", 3.0), (True, True, "eager", 10.0), (False, False, "eager", 10.0)],
 )
 def test_gpu_timer(monkeypatch, graph, refuse, mode, us):
     cuda = FakeCuda(3.0, launch=7.0, refuse=refuse)
