@@ -224,6 +224,7 @@ PUBLISHED_US = {
     (1, 131072): (2664.0, 4592.2, 106.6),
 }  # fmt: skip
 BLOG, LLAMA = "16 query and 2 KV heads, fp16", "Llama-3-8B: 32 query and 8 KV heads, bf16"
+EAGER = "Llama-3-8B, each step launched from Python"
 VARIANTS = {"one launch": {"one_launch": True}, "no split": {"num_splits": 1}}
 COMPILED = {"B=8 L=8192", "Llama-3-8B B=1 L=8192", "Llama-3-8B B=8 L=8192"}
 
@@ -256,10 +257,12 @@ def cases(tiny=False) -> list[bench.Case]:
     contexts = {1: (1024, 8192, 32768, 131072), 8: (1024, 8192, 32768), 64: (1024, 8192)}
     sizes = [(BLOG, "", *size, 16, 2, torch.float16) for size in PUBLISHED_US]
     sizes += [(LLAMA, "Llama-3-8B ", b, n, 32, 8, torch.bfloat16) for b in contexts for n in contexts[b]]
+    sizes += [(EAGER, "eager Llama-3-8B ", 1, 1024, 32, 8, torch.bfloat16)]
     result = []
     for section, prefix, batch, kv_len, *heads_and_dtype in sizes:
         name = f"{prefix}B={batch} L={kv_len}"
         without = {} if name in COMPILED else {"FlexDecoding": "it compiles for half a minute a shape; three are timed"}
         options = dict(op="flash_decoding", section=section, variants=VARIANTS, without=without, tiny=tiny)
+        options["graph"] = section != EAGER
         result.append(decode_case(name, batch, kv_len, *heads_and_dtype, **options))
     return result
