@@ -11,7 +11,7 @@ class Source:
     """Python source that renders as highlighted code in Jupyter and in the book."""
 
     def __init__(self, code, where):
-        self.code, self.where = code, where
+        self.code, self.where = code, where  # where: Markdown
 
     def __repr__(self):
         return f"# {self.where}\n{self.code}"
@@ -20,7 +20,7 @@ class Source:
         fence = "`" * 3
         while fence in self.code:
             fence += "`"
-        return f"From `{self.where}`:\n\n{fence}python\n{self.code}\n{fence}"
+        return f"From {self.where}:\n\n{fence}python\n{self.code}\n{fence}"
 
 
 def show(obj, *, start=None, stop=None, docstring=True):
@@ -45,7 +45,7 @@ def show(obj, *, start=None, stop=None, docstring=True):
     if first is None or last is None or first > last:
         raise ValueError(f"show: no lines of {python.__qualname__} from start={start!r} to stop={stop!r}")
     code = textwrap.dedent("\n".join(lines[first : last + 1]))
-    return Source(code, where + (f", part of {python.__qualname__}" if start or stop else ""))
+    return Source(code, f"`{where}`" + (f", part of `{python.__qualname__}`" if start or stop else ""))
 
 
 def _without_docstring(code):

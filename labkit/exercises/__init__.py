@@ -65,7 +65,7 @@ class Exercise:
     def solution(self):
         """The whole source, without the markers; renders as code."""
         lines = [line for line in self.source.splitlines() if line.strip() not in (START, STOP)]
-        return Source("\n".join(lines), f"labkit/exercises/{self.fn.__module__.rsplit('.', 1)[-1]}.py")
+        return Source("\n".join(lines), f"`labkit/exercises/{self.fn.__module__.rsplit('.', 1)[-1]}.py`")
 
     def failures(self, fn):
         """{case: message} of the cases that fail; empty when all pass."""
