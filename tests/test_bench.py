@@ -480,6 +480,15 @@ def test_topics_are_found_and_unknown_names_refused(capsys):
         program.main(["record", "--dry", "nonsense"])
 
 
+@pytest.mark.parametrize(("problems", "code"), [([], 0), (["12 bytes spilled"], 1)])
+def test_codegen_is_a_gate(monkeypatch, capsys, problems, code):
+    report = types.SimpleNamespace(rows=[{"problems": []}, {"problems": problems}])
+    monkeypatch.setattr(program, "topics", lambda declares: {"doubling": None} if declares == "codegen_cases" else {})
+    monkeypatch.setattr(program.codegen, "report", lambda topic: report)
+    assert program.main(["codegen"]) == code
+    assert "== doubling" in capsys.readouterr().out
+
+
 # --- experiments
 
 
