@@ -35,15 +35,16 @@ def unified_parts(q, k, v, kv_lens, *, phi, num_splits, sm_scale=None):
     num = sum of exp(x - phi) * v and den = sum of exp(x - phi) over the split's keys; no split looks at another.
     """
     e = scaled_scores(q, k, sm_scale=sm_scale) - phi
-    v = v.to(e.dtype)  # p stays in fp32: exp(12) is no fp16 number
+    dtype = e.dtype if v.dtype == torch.float16 else v.dtype  # of p; exp(12) is no fp16 number
     key = torch.arange(k.shape[1], device=q.device)
     num, den = [], []
     for s in range(num_splits):
         cuts = [splits.bounds(n, num_splits, BLOCK_KEYS)[s] for n in kv_lens.tolist()]
         keep = torch.stack([(key >= start) & (key < end) for start, end in cuts])  # [B, L]
-        p = torch.exp(e).masked_fill(~keep[:, None], 0.0)
-        num.append(torch.einsum("bhgl,blhd->bhgd", p.unflatten(1, (k.shape[2], -1)), v).flatten(1, 2))
-        den.append(p.sum(-1))
+        p = torch.exp(e).masked_fill(~keep[:, None], 0.0).to(dtype)
+        grouped = p.unflatten(1, (k.shape[2], -1))
+        num.append(torch.einsum("bhgl,blhd->bhgd", grouped, v.to(dtype)).flatten(1, 2).to(e.dtype))
+        den.append(p.to(e.dtype).sum(-1))  # the rounded p, as in the numerator: a single key gives v exactly
     return torch.stack(num, 2), torch.stack(den, 2)
 
 
