@@ -277,6 +277,14 @@ def test_figures(topic, monkeypatch):
     assert live.ratio("case 0", "wrong peer") is None
 
 
+def test_the_best_peer_is_the_fastest(topic):
+    case = replace(doubling_cases()[0], peers={name: lambda x: lambda: x * 2 for name in "abc"})
+    rows = bench.measure("doubling", case, topic, machine(10.0, 30.0, 20.0, 25.0))
+    both = Comparison("doubling", [case], rows, {})
+    assert both.best_peer("case 0") == "b"
+    assert both.result("case 0") == "2.00x faster than b"
+
+
 def test_floor_counts_operations_where_they_take_longer(topic):
     case = replace(doubling_cases()[0], flops=timing.MATMUL_FLOPS)
     rows = bench.measure_ceilings("doubling", machine(0.5, 1000.0)) + measured(topic, 2000.0)
