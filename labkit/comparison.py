@@ -85,7 +85,7 @@ class Comparison:
         return min(times, key=times.get, default=None)
 
     def result(self, case) -> str | None:
-        """"1.25x faster than <best peer>", "tie with ...", or "1.10x slower than ..."."""
+        """Against the best peer: "1.25x faster than ...", "tie with ..." or "1.10x slower than ..."."""
         peer = self.best_peer(case)
         ratio = self.ratio(case, peer) if peer else None
         if ratio is None:

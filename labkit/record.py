@@ -13,7 +13,7 @@ import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from labkit.provenance import source_hash
@@ -51,7 +51,7 @@ def stamp(device: str, driver: str = "") -> dict[str, str]:
         "driver": driver,
         "torch": _version("torch"),
         "triton": _version("triton"),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S"),
         "commit": _commit(),
     }
 
@@ -78,7 +78,7 @@ def _commit() -> str:
 
 
 def slug(device: str) -> str:
-    """"NVIDIA H200" -> "nvidia-h200", the folder of a GPU's results."""
+    """The folder of a GPU's results: NVIDIA H200 -> nvidia-h200."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 

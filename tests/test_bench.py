@@ -484,7 +484,7 @@ def test_dry_run_of_flash_decoding(monkeypatch, capsys):
 
 def test_topics_are_found_and_unknown_names_refused(capsys):
     assert "flash_decoding" in program.topics("cases")
-    with pytest.raises(SystemExit, match="'nonsense' is not known; there are: .*flash_decoding"):
+    with pytest.raises(SystemExit, match=r"'nonsense' is not known; there are: .*flash_decoding"):
         program.main(["record", "--dry", "nonsense"])
 
 
