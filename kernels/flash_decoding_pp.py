@@ -96,6 +96,25 @@ def _unified_walk(
 
 
 @triton.jit
+def _store_part(
+    num_ptr, stride_nb, stride_nh, stride_ns, stride_nd, den_ptr, base_ptr, stride_db, stride_dh, stride_ds,
+    num, den, base, rows, pid_b, pid_h, pid_s, group,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, ONE_SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Store the partial result of some rows [BLOCK_H] of a group; base may be one number for all of them."""
+    offs_d = tl.arange(0, BLOCK_D)
+    head = pid_h * group + tl.arange(0, BLOCK_H)
+    if ONE_SPLIT:  # nothing to merge: num is the output
+        num = num / tl.where(den == 0.0, 1.0, den)[:, None]
+    else:
+        at = pid_b * stride_db + head * stride_dh + pid_s * stride_ds
+        tl.store(den_ptr + at, den, mask=rows)
+        tl.store(base_ptr + at, base, mask=rows)
+    num_ptrs = num_ptr + pid_b * stride_nb + head[:, None] * stride_nh + pid_s * stride_ns + offs_d[None, :] * stride_nd
+    tl.store(num_ptrs, cast(num, num_ptr.dtype.element_ty), mask=rows[:, None] & (offs_d < HEAD_DIM)[None, :])
+
+
+@triton.jit
 def _unified_split_kernel(
     q_ptr, stride_qb, stride_qh, stride_qd,  # [B, Hq, D]
     k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,  # [B, L, Hkv, D]
@@ -113,45 +132,35 @@ def _unified_split_kernel(
     pid_s = tl.program_id(0)
     pid_h = tl.program_id(1).to(tl.int64)
     pid_b = tl.program_id(2).to(tl.int64)
-    offs_h = tl.arange(0, BLOCK_H)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_h = offs_h < group
+    mask_h = tl.arange(0, BLOCK_H) < group
     if SYNCHRONISED:
-        num, base = _attend_split(
-            q_ptr, stride_qb, stride_qh, stride_qd, k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,
-            v_ptr, stride_vb, stride_vn, stride_vh, stride_vd, kv_lens_ptr, max_kv_len,
-            pid_b, pid_h, pid_s, num_splits, group, sm_scale * LOG2E, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N,
-        )  # fmt: skip
-        den = tl.where(base == float("-inf"), 0.0, 1.0)
-        tripped = offs_h < 0
+        again = mask_h
     else:
         num, den, low, high = _unified_walk(
             q_ptr, stride_qb, stride_qh, stride_qd, k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,
             v_ptr, stride_vb, stride_vn, stride_vh, stride_vd, kv_lens_ptr, max_kv_len,
             pid_b, pid_h, pid_s, num_splits, group, sm_scale, phi, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N, P_FP32,
         )  # fmt: skip
-        base = tl.full([BLOCK_H], phi, tl.float32)
-        tripped = mask_h & ((low <= bound_a) | (high >= bound_b))
-        if tl.max(tripped.to(tl.int32), 0) > 0:
-            o, lse = _attend_split(
-                q_ptr, stride_qb, stride_qh, stride_qd, k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,
-                v_ptr, stride_vb, stride_vn, stride_vh, stride_vd, kv_lens_ptr, max_kv_len,
-                pid_b, pid_h, pid_s, num_splits, group, sm_scale * LOG2E, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N,
-            )  # fmt: skip
-            # Rows of the group that stayed in bounds keep what they have.
-            num = tl.where(tripped[:, None], o, num)
-            den = tl.where(tripped, 1.0, den)
-            base = tl.where(tripped, lse, base)
-    if ONE_SPLIT:
-        num = num / tl.where(den == 0.0, 1.0, den)[:, None]
-    head = pid_h * group + offs_h
-    num_ptrs = num_ptr + pid_b * stride_nb + head[:, None] * stride_nh + pid_s * stride_ns + offs_d[None, :] * stride_nd
-    tl.store(num_ptrs, cast(num, num_ptr.dtype.element_ty), mask=mask_h[:, None] & (offs_d < HEAD_DIM)[None, :])
-    tl.store(tripped_ptr + pid_b * stride_tb + head * stride_th + pid_s * stride_ts, tripped, mask=mask_h)
-    if not ONE_SPLIT:
-        at = pid_b * stride_db + head * stride_dh + pid_s * stride_ds
-        tl.store(den_ptr + at, den, mask=mask_h)
-        tl.store(base_ptr + at, base, mask=mask_h)
+        again = mask_h & ((low <= bound_a) | (high >= bound_b))
+        _store_part(
+            num_ptr, stride_nb, stride_nh, stride_ns, stride_nd, den_ptr, base_ptr, stride_db, stride_dh, stride_ds,
+            num, den, phi, mask_h & ~again, pid_b, pid_h, pid_s, group, HEAD_DIM, BLOCK_D, BLOCK_H, ONE_SPLIT,
+        )  # fmt: skip
+    if SYNCHRONISED or tl.max(again.to(tl.int32), 0) > 0:
+        o, lse = _attend_split(
+            q_ptr, stride_qb, stride_qh, stride_qd, k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,
+            v_ptr, stride_vb, stride_vn, stride_vh, stride_vd, kv_lens_ptr, max_kv_len,
+            pid_b, pid_h, pid_s, num_splits, group, sm_scale * LOG2E, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N,
+        )  # fmt: skip
+        _store_part(
+            num_ptr, stride_nb, stride_nh, stride_ns, stride_nd, den_ptr, base_ptr, stride_db, stride_dh, stride_ds,
+            o, tl.where(lse == float("-inf"), 0.0, 1.0), lse, again,
+            pid_b, pid_h, pid_s, group, HEAD_DIM, BLOCK_D, BLOCK_H, ONE_SPLIT,
+        )  # fmt: skip
+    if SYNCHRONISED:
+        again = mask_h & False
+    head = pid_h * group + tl.arange(0, BLOCK_H)
+    tl.store(tripped_ptr + pid_b * stride_tb + head * stride_th + pid_s * stride_ts, again, mask=mask_h)
 
 
 @triton.jit
@@ -383,7 +392,7 @@ def flat_config(dtype: torch.dtype, m: int, n: int, k: int, pad: int | None = No
     num_blocks = triton.cdiv(k, block_k)
     # Two programs an SM, unless a program would then have fewer than four blocks.
     split_k = min(triton.cdiv(2 * device_properties()["multiprocessor_count"], tiles), max(1, num_blocks // 4))
-    per_split = triton.cdiv(num_blocks, split_k)
+    per_split = max(1, triton.cdiv(num_blocks, split_k))
     split_k = max(1, triton.cdiv(num_blocks, per_split))  # none of them empty
     return dict(
         BLOCK_M=pad, BLOCK_N=block_n, BLOCK_K=block_k, SPLIT_K=split_k, num_warps=4, num_stages=num_stages

@@ -40,3 +40,212 @@ def nan_in_fresh_memory(monkeypatch):
     fill = lambda x: x.fill_(float("nan") if x.is_floating_point() else x.dtype == torch.bool)  # noqa: E731
     monkeypatch.setattr(torch, "empty", lambda *a, **kw: fill(empty(*a, **kw)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **kw: fill(empty_like(*a, **kw)))
+
+
+SYNC = {"synchronised": True}
+
+
+@pytest.mark.parametrize("num_splits, options", [(1, {}), (3, {}), (1, SYNC), (3, SYNC)], ids=str)
+def test_bounds_are_inclusive_and_masked_keys_do_not_count(num_splits, options, device):
+    """Integer scores, so that x - phi meets the bounds exactly. Heads: 0 within; 1 on b; 2 on a; 3 far outside but unread."""
+    scores = torch.tensor([[4.0, 5, 6, 7], [4, 9, 6, 7], [4, 5, 3, 7], [5, 6, 7, 900]], device=device)
+    k = torch.zeros(1, 150, 4, 16, device=device)
+    k[0, :, :, 0] = 6.0
+    k[0, [0, 70, 140, 149], :, 0] = scores.T  # one in each split of 64 keys, and the last key
+    q = torch.zeros(1, 4, 16, device=device)
+    q[..., 0] = 1.0
+    v = randn(np.random.default_rng(1), 1, 150, 4, 16, device=device)
+    for kv_len in (150,) if options else (150, 149):
+        kv_lens = torch.tensor([kv_len], dtype=torch.int32, device=device)
+        args = dict(phi=6.0, bounds=(-3.0, 3.0), num_splits=num_splits, sm_scale=1.0)
+        o, recomputed = pp.unified_decoding(q, k, v, kv_lens, **args, **options)
+        want = [False, not options, not options, not options and kv_len == 150]
+        assert recomputed.tolist() == [want]
+        assert_matches(o, only_o, q, k, v, kv_lens, sm_scale=1.0)
+
+
+def test_rows_within_bounds_do_not_depend_on_their_neighbours(device):
+    """Bit for bit: a row that trips makes its group's tile be walked again, but only its own result is replaced."""
+    q, k, v, kv_lens = DecodeCase("", (150,), num_q_heads=4, num_kv_heads=1, dtype=F32).tensors(device)
+    quiet, _ = pp.unified_decoding(q, k, v, kv_lens, phi=0.0, bounds=(-30.0, 30.0), num_splits=2)
+    q[0, 2] *= 100.0
+    o, recomputed = pp.unified_decoding(q, k, v, kv_lens, phi=0.0, bounds=(-30.0, 30.0), num_splits=2)
+    assert recomputed.tolist() == [[False, False, True, False]]
+    assert torch.equal(o[0, [0, 1, 3]], quiet[0, [0, 1, 3]])
+
+
+@pytest.mark.parametrize("dtype, phi, sm_scale", [(F32, 150.0, 1.0), (BF16, -150.0, 1.0), (F16, 0.0, 40.0)], ids=str)
+def test_scores_far_from_phi(dtype, phi, sm_scale, device):
+    """exp(x - phi) overflows or underflows in every float type; infinite bounds are narrowed to what fp32 can hold."""
+    q, k, v, kv_lens = DecodeCase("", (130, 70), dtype=dtype).tensors(device)
+    options = dict(phi=phi, bounds=(-np.inf, np.inf), num_splits=2, sm_scale=sm_scale)
+    o, recomputed = pp.unified_decoding(q, k, v, kv_lens, **options)
+    assert recomputed.all()
+    assert_matches(o, only_o, q, k, v, kv_lens, sm_scale=sm_scale)
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    m: int
+    n: int
+    k: int
+    dtype: torch.dtype = F32
+    strided: bool = False
+
+    def tensors(self, device):
+        rng = np.random.default_rng(self.m + self.n)
+        if self.strided:  # every second row and column of a buffer full of NaN
+            wide = [torch.full((2 * rows, 2 * self.k), float("nan"), device=device) for rows in (self.m, self.n)]
+            wide = [x.to(self.dtype)[::2, ::2] for x in wide]
+            return [x.copy_(randn(rng, *x.shape, dtype=self.dtype, device=device)) for x in wide]
+        return [randn(rng, rows, self.k, dtype=self.dtype, device=device) for rows in (self.m, self.n)]
+
+    def __str__(self):
+        return f"{self.m}x{self.n}x{self.k} {str(self.dtype)[6:]}{' strided' if self.strided else ''}"
+
+
+GEMV_CASES = (
+    LinearCase(1, 70, 130, BF16), LinearCase(2, 5, 2100, F16), LinearCase(5, 9, 64), LinearCase(3, 1, 33, BF16),
+    LinearCase(4, 6, 1500, F32, strided=True), LinearCase(0, 4, 8), LinearCase(2, 0, 8), LinearCase(2, 3, 1, BF16),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GEMV_CASES, ids=str)
+def test_gemv(case, device, monkeypatch):
+    nan_in_fresh_memory(monkeypatch)
+    x, w = case.tensors(device)
+    assert_matches(pp.gemv(x, w), ref.gemv, x, w)
+
+
+FLAT_CASES = (
+    (LinearCase(1, 1, 1000, BF16), None), (LinearCase(8, 130, 640, BF16), 8), (LinearCase(9, 65, 1000, F16), 8),
+    (LinearCase(3, 64, 128, F16), 16), (LinearCase(17, 70, 300, BF16), 64), (LinearCase(65, 33, 100, F32), None),
+    (LinearCase(8, 40, 500, F32, strided=True), 8), (LinearCase(20, 64, 520, BF16, strided=True), None),
+    (LinearCase(0, 4, 8), None), (LinearCase(4, 7, 0), None), (LinearCase(2, 3, 1, F16), 16),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case, pad", FLAT_CASES, ids=str)
+def test_flat_gemm(case, pad, device, monkeypatch):
+    nan_in_fresh_memory(monkeypatch)
+    x, w = case.tensors(device)
+    for _ in range(2 if case.k >= 500 else 1):  # K is cut there: the arrival counters must be back at zero
+        assert_matches(pp.flat_gemm(x, w, pad=pad), ref.flat_gemm, x, w)
+
+
+def test_flat_gemm_cuts_k_where_n_is_small():
+    """On 132 SMs; more programs than two an SM are not wanted, nor pieces of K shorter than four blocks."""
+    split = lambda m, n, k: pp.flat_config(BF16, m, n, k)["SPLIT_K"]  # noqa: E731
+    assert [split(8, n, 4096) for n in (64, 4096, 12288, 32000)] == [8, 5, 2, 1]
+    assert split(8, 64, 128) == split(8, 64, 1) == 1
+    assert [pp.flat_config(BF16, m, 4096, 4096)["BLOCK_M"] for m in (1, 8, 9, 33, 65)] == [8, 8, 16, 64, 64]
+
+
+@pytest.mark.parametrize("function", [pp.gemv, pp.flat_gemm, ref.gemv, ref.flat_gemm])
+def test_bad_linear_is_named(function, device):
+    x, w = torch.zeros(2, 8, device=device), torch.zeros(3, 8, device=device)
+    for name, given in {
+        "x": (x[0], w), "w": (x, w[:, :4]), "x ": (x.int(), w.int()), "w ": (x, w.half()), "w  ": (x, w.to("meta")),
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{name.strip()} .*got .* expected "):
+            function(*given)
+
+
+def test_bad_options_are_named(device):
+    q, k, v, kv_lens = DecodeCase("", (3,)).tensors(device)
+    bad = {"phi": (float("nan"), "1", None), "bounds": ((3.0, -3.0), (1.0, 1.0), (1.0,), 3.0, (float("nan"), 1.0))}
+    for function in (pp.unified_decoding, ref.unified_decoding):
+        for name, values in bad.items():
+            for value in values:
+                with pytest.raises(ValueError, match=f"^{name}: got .* expected "):
+                    function(q, k, v, kv_lens, **({"phi": 0.0, "bounds": (-3.0, 3.0)} | {name: value}))
+        with pytest.raises(ValueError, match=r"^num_splits: got 0"):
+            function(q, k, v, kv_lens, phi=0.0, bounds=(-1.0, 1.0), num_splits=0)
+        with pytest.raises(ValueError, match=r"^k "):
+            function(q, k[..., :5], v, kv_lens, phi=0.0, bounds=(-1.0, 1.0))
+    with pytest.raises(ValueError, match=r"^pad: got 32"):
+        pp.flat_gemm(torch.zeros(1, 8, device=device), torch.zeros(1, 8, device=device), pad=32)
+
+
+def test_unified_parts_of_the_paper():
+    """Figure 6 with phi 6, a -3, b 3: x passes, y trips on 9 - 6 >= 3. num / den is the softmax for any phi."""
+    k = torch.zeros(1, 4, 1, 16)
+    q, v = torch.zeros(1, 1, 16), torch.eye(4, 16).view(1, 4, 1, 16)
+    q[..., 0] = 1.0
+    for scores, trips in (((4.0, 5, 6, 7), False), ((3.0, 6, 9, 6), True)):
+        k[0, :, 0, 0] = torch.tensor(scores)
+        lens = torch.tensor([4], dtype=torch.int32)
+        o, recomputed = ref.unified_decoding(q, k, v, lens, phi=6.0, bounds=(-3.0, 3.0), num_splits=1, sm_scale=1.0)
+        torch.testing.assert_close(o[0, 0, :4], torch.tensor(scores).softmax(0))
+        assert recomputed.item() is trips
+        for phi in (0.0, 6.0, 20.0):
+            num, den = ref.unified_parts(q, k, v, lens, phi=phi, num_splits=2, sm_scale=1.0)
+            torch.testing.assert_close((num.sum(2) / den.sum(2).unsqueeze(-1))[0, 0, :4], o[0, 0, :4])
+
+
+# ---- dataflow
+
+# Made-up microseconds: gemv grows with M, flat_gemm is level to 8, the library is level throughout.
+COSTS = {"gemv": lambda m, n, k: 3 + 2 * m, "flat_gemm": lambda m, n, k: 8 + (m > 8) * m, "library": lambda m, n, k: 12}
+
+
+def profiled(costs=COSTS, **options):
+    return ref.Dataflow.profile([(64, 32), (128, 32)], range(1, 20), list(costs), lambda *a: costs[a[0]](*a[1:]), **options)
+
+
+def test_dataflow_finds_the_crossings():
+    flow = profiled()
+    # gemv 5, 7, 9 against 8: from 3 on. flat_gemm 8 up to 8, then 17 against 12: from 9 on.
+    assert flow.table[64, 32]["switch"] == [3, 9]
+    assert [flow.pick(m, 64, 32) for m in (1, 2, 3, 8, 9, 500)] == ["gemv"] * 2 + ["flat_gemm"] * 2 + ["library"] * 2
+
+
+def test_dataflow_stays_with_the_first_crossing():
+    """The paper's rule goes upwards and never back, even where an earlier implementation would win again."""
+    costs = COSTS | {"flat_gemm": lambda m, n, k: {4: 1, 5: 100}.get(m, 10)}
+    assert profiled(costs).table[64, 32]["switch"] == [4, 5]
+    costs = COSTS | {"flat_gemm": lambda m, n, k: 1000}  # never wins: left out
+    assert profiled(costs).table[64, 32]["switch"] == [None, 5]
+    assert profiled({"gemv": COSTS["gemv"]}).pick(9, 64, 32) == "gemv"
+
+
+def test_dataflow_times_functions_when_it_gets_them():
+    seen = []
+    impls = {"gemv": ref.gemv, "flat_gemm": ref.flat_gemm}
+    ref.Dataflow.profile([(4, 8)], [2, 1], impls, lambda *a: seen.append(a) or 1.0)
+    assert seen == [(f, m, 4, 8) for f in impls.values() for m in (1, 2)]
+
+
+def test_dataflow_on_disk(tmp_path):
+    path = tmp_path / "flow.json"
+    flow = profiled()
+    flow.save(path)
+    again = ref.Dataflow.load(path)
+    assert vars(again) == vars(flow)
+    assert again.versions["torch"] == torch.__version__
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"device": "NVIDIA H9000"}))
+    with pytest.raises(ValueError, match=r"flow.json was measured on NVIDIA H9000, this machine has .*any_device=True"):
+        ref.Dataflow.load(path)
+    assert ref.Dataflow.load(path, any_device=True).pick(3, 64, 32) == "flat_gemm"
+    broken = (path.read_text()[:-40], "[]", "{}", json.dumps(record | {"format": 2}), json.dumps(record | {"shapes": []}))
+    broken += (json.dumps(record | {"impls": ["gemv", "cublas", "library"]}), json.dumps(record | {"impls": ["gemv"]}))
+    for text in broken:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"^path: flow.json is not a saved Dataflow table"):
+            ref.Dataflow.load(path)
+    with pytest.raises(FileNotFoundError):
+        ref.Dataflow.load(tmp_path / "missing.json")
+
+
+def test_dataflow_refuses_nonsense():
+    flow = profiled()
+    with pytest.raises(ValueError, match=r"^n, k: got \[64, 33\], expected one of the profiled \[64, 32\], \[128, 32\]"):
+        flow.pick(1, 64, 33)
+    with pytest.raises(ValueError, match=r"^m: got 0"):
+        flow.pick(0, 64, 32)
+    for name, given in {"shapes": ([], [1], ["a"]), "ms": ([(1, 1)], [0], ["a"]), "impls": ([(1, 1)], [1], [])}.items():
+        with pytest.raises(ValueError, match=f"^{name}: got"):
+            ref.Dataflow.profile(*given, lambda *a: 1.0)
+    with pytest.raises(ValueError, match=r"^timer: got"):
+        ref.Dataflow.profile([(1, 1)], [1], ["a"], lambda *a: float("nan"))
