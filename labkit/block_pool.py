@@ -66,7 +66,7 @@ class BlockPool:
         publish=False: its new pages are not to be found before `publish`, or the first `append`, says that they were
         computed. Raises OutOfPages.
         """
-        args.expect(seq_id not in self._sequences, "seq_id", repr(seq_id), "an id that is not in use")
+        self._expect_unused("seq_id", seq_id)
         tokens = _tokens("token_ids", token_ids)
         hits, hashes = self._find(tokens)
         missing = -(-len(tokens) // self.page_size) - len(hits)
@@ -108,7 +108,7 @@ class BlockPool:
     def fork(self, parent_id, child_id) -> None:
         """Begin a sequence with the tokens and pages of another. Takes no page."""
         parent = self._get("parent_id", parent_id)
-        args.expect(child_id not in self._sequences, "child_id", repr(child_id), "an id that is not in use")
+        self._expect_unused("child_id", child_id)
         self._sequences[child_id] = parent.copy()
         for page in parent.table:
             self._hold(page)
@@ -196,8 +196,13 @@ class BlockPool:
     # ---- inside
 
     def _get(self, name, seq_id) -> _Sequence:
-        args.expect(seq_id in self._sequences, name, repr(seq_id), "the id of a sequence in the pool")
+        if seq_id not in self._sequences:  # asked first: repr may cost more than the call
+            args.expect(False, name, repr(seq_id), "the id of a sequence in the pool")
         return self._sequences[seq_id]
+
+    def _expect_unused(self, name, seq_id) -> None:
+        if seq_id in self._sequences:
+            args.expect(False, name, repr(seq_id), "an id that is not in use")
 
     def _chain(self, tokens, known=()):
         """The hash of every full page: SHA-256 over the hash of the page before it and its own tokens.

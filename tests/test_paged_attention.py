@@ -1,12 +1,13 @@
 import random
 from collections import Counter
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
 import torch
 
 import kernels.paged_attention as paged
-from labkit import args
+from labkit import args, kv_memory
 from labkit import paged_attention as ref
 from labkit.attention import decode_attention
 from labkit.check import BF16, DECODE_CASES, F16, F32, DecodeCase, assert_matches, randn
@@ -611,6 +612,142 @@ def test_to_pages_needs_enough_pages():
         ref.to_pages(k, v, kv_lens, 16, range(3))
 
 
+# ---- the waste study
+
+
+@pytest.mark.parametrize("num_slots", [15_700, 1, 64, 100])
+def test_buddy_against_a_dictionary(num_slots):
+    rng, buddy, taken = random.Random(num_slots), kv_memory.Buddy(num_slots), {}
+    whole = {size: sorted(offsets) for size, offsets in buddy.free_pieces.items()}
+    for _ in range(3000):
+        if taken and rng.random() < 0.5:
+            offset = rng.choice(list(taken))
+            buddy.free(offset)
+            del taken[offset]
+        else:
+            size = rng.randrange(1, max(2, num_slots // 4))
+            offset, rounded = buddy.allocate(size), 1 << (size - 1).bit_length()
+            if offset is None:
+                assert not any(free for piece, free in buddy.free_pieces.items() if piece >= rounded)
+            else:
+                assert offset % rounded == 0
+                taken[offset] = rounded
+        pieces = [(o, s) for s, offsets in buddy.free_pieces.items() for o in offsets] + list(taken.items())
+        pieces.sort()
+        assert [o for o, _ in pieces] == [
+            sum(s for _, s in pieces[:i]) for i in range(len(pieces))
+        ]  # no gap, no overlap
+        assert sum(s for _, s in pieces) == num_slots
+    for offset in taken:
+        buddy.free(offset)
+    assert {size: sorted(offsets) for size, offsets in buddy.free_pieces.items() if offsets} == whole  # halves rejoined
+    with pytest.raises(ValueError, match=r"^offset: got .* expected one that was allocated"):
+        buddy.free(0)
+
+
+def test_max_has_room_for_seven():
+    """Figure 13: 7.00 requests, whatever their length, since seven pieces of 2048 fit into 15.7K slots."""
+    shares, batch = kv_memory.waste("max", steps=200, warmup=0)
+    assert batch == 7
+    assert shares["external"] == pytest.approx(100 * (15_700 - 7 * 2048) / 15_700)
+
+
+def test_memory_of_one_request_by_hand():
+    """5 prompt tokens and 6 of 11 output tokens stored."""
+    want = {
+        "max": (11, 5, 2048 - 16, 0), "pow2": (11, 5, 21 - 16, 0), "oracle": (11, 5, 0, 0), "paged": (11, 1, 0, 0)
+    }  # fmt: skip
+    for policy, (stored, later, never, _) in want.items():
+        memory, request = kv_memory.memory(policy, 4096, page_size=4), kv_memory.Request(0, 5, 11, 5)
+        assert memory.admit(request)
+        for _ in range(6):
+            assert memory.grow(request)
+            request.stored += 1
+        counts = kv_memory.count_slots(memory, [request])
+        assert (counts["token state"], counts["reservation"], counts["internal"]) == (stored, later, never)
+        assert sum(counts.values()) == 4096
+        memory.leave(request)
+        assert kv_memory.count_slots(memory, []) == {
+            "external": 4096,
+            "token state": 0,
+            "reservation": 0,
+            "internal": 0,
+        }
+
+
+@pytest.mark.parametrize("policy", kv_memory.POLICIES)
+def test_memory_runs(policy):
+    """A small memory that overflows all the time: every request gets all its tokens, and no slot is used twice."""
+    memory = kv_memory.memory(policy, 300, page_size=8, max_len=64)
+    queue = kv_memory.requests((9, 20), seed=3, max_len=64)
+    seen, preempted, before = {}, 0, []
+    for running in islice(kv_memory.run(memory, queue), 400):
+        ids = [request.id for request in running]
+        assert ids == sorted(ids)  # first come, first served
+        used = sorted((a, b) for request in running for a, b, _ in memory.slots(request) if a < b)
+        assert all(b <= c for (_, b), (c, _) in pairwise(used))
+        assert not used or used[-1][1] <= 300
+        for request in running:
+            assert request.stored == seen.get(request.id, request.prompt_len) + 1
+            seen[request.id] = request.stored
+        preempted += any(request not in running and request.stored < request.total for request in before)
+        before = list(running)
+        if policy == "paged":
+            memory.pool.check()
+    assert max(seen) > 50
+    assert (preempted > 0) == (policy == "paged")
+
+
+def test_waste_is_the_papers():
+    """Figure 2 in shape: each guess wastes less than the one before, and pages next to nothing."""
+    tokens = [kv_memory.waste(policy, steps=1500)[0]["token state"] for policy in kv_memory.POLICIES]
+    assert tokens == sorted(tokens)
+    assert tokens[0] < 30 < tokens[2] < 60 < 95 < tokens[3]
+
+
+def test_a_request_that_can_never_run_is_named():
+    with pytest.raises(ValueError, match=r"^queue: request .* does not fit"):
+        next(kv_memory.run(kv_memory.memory("max", 100, max_len=200), kv_memory.requests((9, 20))))
+    with pytest.raises(ValueError, match=r"^policy: got best"):
+        kv_memory.memory("best")
+
+
+def test_parallel_sampling_shares_the_prompt():
+    """Prompt of 2 1/2 pages, three samples of 6 tokens: the two full pages are stored once."""
+    pool, rng = BlockPool(30, 4), np.random.default_rng(0)
+    used = [30 - pool.num_free for _ in kv_memory.parallel_sampling(pool, 10, 6, 3, rng)]
+    assert used == [2 + 3, 2 + 3, 2 + 6, 2 + 6, 2 + 6, 2 + 6]
+    pool.check()
+
+
+def test_beam_search_keeps_the_best_and_frees_the_rest():
+    pool, rng = BlockPool(60, 4), np.random.default_rng(0)
+    for step, _ in enumerate(kv_memory.beam_search(pool, 9, 30, 3, rng)):
+        assert len(pool.seq_ids) == 3
+        assert {pool.num_tokens(seq_id) for seq_id in pool.seq_ids} == {10 + step}
+        pool.check()
+    shared = [page for page, refs in enumerate(pool.ref_counts) if refs == 3]
+    assert len(shared) > 2  # more than the prompt: the beams of today have common ancestors
+
+
+def test_sharing_is_a_share():
+    """One sequence shares nothing; with more there is more to share."""
+    assert kv_memory.sharing("parallel", "Alpaca", 1, count=3) == 0
+    saved = [kv_memory.sharing(kind, "Alpaca", width, count=5) for kind in ("parallel", "beam") for width in (2, 4)]
+    assert 0 < saved[0] < saved[1] < saved[2] < saved[3] < 75
+    with pytest.raises(ValueError, match=r"^kind: got tree"):
+        kv_memory.sharing("tree", "Alpaca", 2)
+
+
+def test_players_show_what_ran():
+    html = kv_memory.memory_player(steps=2)._repr_html_()
+    assert "paged, step 4" in html
+    assert "reservation" in html
+    text = kv_memory.try_pages(16, 1.0)
+    assert text.startswith("pages of 16, sigma 1.0: ")
+    assert "token state 9" in text
+
+
 # fmt: off
 PLANTED_BUGS = [
     ("labkit/block_pool.py", "shared = not full and self._refs[sequence.table[-1]] > 1", "shared = False"),
@@ -650,4 +787,13 @@ PLANTED_BUGS = [
     ("labkit/paged_attention.py", "kept = (slots >= 0) &", "kept ="),
     ("labkit/args.py", "block_table[used], 0, num_pages - 1", "block_table[used], 0, num_pages"),
     ("labkit/args.py", "expect(top < num_pages * page_size", "expect(top <= num_pages * page_size"),
+    ("labkit/kv_memory.py", "(num_slots - 1).bit_length()", "num_slots.bit_length()"),
+    ("labkit/kv_memory.py", "offset ^ size in", "offset + size in"),
+    ("labkit/kv_memory.py", "offset & ~size, 2 * size", "offset, 2 * size"),
+    ("labkit/kv_memory.py", "self.buddy.free(self.offsets.pop(request))", "self.offsets.pop(request)"),
+    ("labkit/kv_memory.py", "waiting.appendleft(newest)", "waiting.append(newest)"),
+    ("labkit/kv_memory.py", "newest = running.pop()", "newest = running.pop(0)"),
+    ("labkit/kv_memory.py", "[:width]", "[: width - 1]"),
+    ("labkit/kv_memory.py", "            pool.free(beam)", "            pass"),
+    ("labkit/kv_memory.py", "held += sum(len(pool.table(seq_id)) for", "held += sum(1 for"),
 ]
