@@ -55,7 +55,8 @@ NB_METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-_ABSOLUTE = re.compile(r"(?<![\w.~/:<-])/(?:home|root|tmp|usr|opt|var|mnt|work|workspace|Users|private)/|\b[A-Z]:\\\\?Users")
+_TOP = "home|root|tmp|usr|opt|var|mnt|work|workspace|Users|private"
+_ABSOLUTE = re.compile(rf"(?<![\w.~/:<-])/(?:{_TOP})/|\b[A-Z]:\\\\?Users")
 
 
 # ---- drafts
@@ -72,7 +73,7 @@ def from_draft(text):
             cells.append(make(source, metadata={"tags": list(tags)} if tags else {}))
         lines.clear()
 
-    for number, line in enumerate(text.splitlines(), 1):
+    for line in text.splitlines():
         if kind == "markdown" and line.startswith("```{code-cell}"):
             close()
             kind, tags = "code", line.removeprefix("```{code-cell}").replace(",", " ").split()
@@ -84,7 +85,7 @@ def from_draft(text):
         else:
             lines.append(line)
     if kind == "code":
-        raise ValueError(f"draft: the last code cell is not closed before line {number}")
+        raise ValueError(f"draft: the last code cell is not closed, {lines[:1]}")
     close()
     return tidy(nbformat.v4.new_notebook(cells=cells), new_ids=True)
 
@@ -106,8 +107,10 @@ def to_draft(notebook):
 
 
 def tidy(notebook, *, new_ids=False):
-    """The notebook in canonical form: no timestamps, versions or viewer state; stable cell ids; captions where the book
-    looks for them. Changes `notebook` and returns it."""
+    """The notebook in canonical form. Changes `notebook` and returns it.
+
+    No timestamps, versions or viewer state; stable cell ids; captions where the book looks for them.
+    """
     notebook.metadata = nbformat.from_dict(NB_METADATA)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     used = set()
@@ -149,7 +152,7 @@ def write(notebook, path):
 
 
 def run(path, *, timeout=300):
-    """Execute the notebook at `path` top to bottom in a fresh kernel and store its outputs. Returns the seconds it took.
+    """Execute the notebook at `path` top to bottom in a fresh kernel and store its outputs. Returns the seconds.
 
     Cells tagged `skip-execution` are not run and keep no outputs. The file is written only if no cell failed.
     Raises nbclient.exceptions.CellExecutionError when a cell fails.
@@ -210,7 +213,7 @@ def lint(path):
         if "nbval-ignore-output" in tags:
             after = code[position + 1][1].metadata.get("tags", []) if position + 1 < len(code) else []
             if "nbval-check-output" not in after:
-                problems.append("nbval-ignore-output: the next code cell must be its verdict, tagged nbval-check-output")
+                problems.append("nbval-ignore-output: the next code cell must be its verdict (nbval-check-output)")
         found += [f"cell {number}: {problem}" for problem in problems]
     for number, cell in enumerate(notebook.cells, 1):
         stored = json.dumps([o.get("data", {}).get(m) for o in cell.get("outputs", []) for m in o.get("data", {})

@@ -1,8 +1,9 @@
 """Players: small pictures that a reader steps through or explores, in Jupyter, in the static book and from file://.
 
-A player is a fixed drawing (`Grid`, `Values`, `Bars`) whose items change look and text from frame to frame. Python draws
-it once, at its most telling frame, which is what print and a browser without JavaScript show; the frames travel as
-a small table of states, and player.js only swaps them. The data come from the caller, who takes them from a real run.
+A player is a fixed drawing (`Grid`, `Values`, `Bars`) whose items change look and text from frame to frame. Python
+draws it once, at its most telling frame, which is what print and a browser without JavaScript show; the frames travel
+as a small table of states, and player.js only swaps them. The data come from the caller, who takes them from a real
+run.
 
     Stepper   one frame a step, with buttons, a slider and the arrow keys
     Timeline  a Stepper over bars in time
@@ -24,7 +25,7 @@ _HERE = Path(__file__).parent
 
 
 class Grid:
-    """Rows of cells. A frame gives a nested list [rows][cols]; a cell is a colour, (colour, label), or None for nothing."""
+    """Rows of cells. A frame gives a nested list [rows][cols]; a cell is a colour, (colour, label), or None."""
 
     kind = "lab-grid"
 
@@ -57,7 +58,7 @@ class Grid:
 
 
 class Values(Grid):
-    """Named values, one row each: a frame gives {name: text or number}, or a list of them with `columns`."""
+    """Named values, one row each. A frame gives {name: text or number}, with `columns` {name: list of them}."""
 
     kind = "lab-values"
 
@@ -74,19 +75,19 @@ class Values(Grid):
 class Bars:
     """Bars along a common axis, in lanes: a timeline, or quantities side by side.
 
-    A frame gives a list of (lane, start, end, colour, label), or {"bars": [...], "cursor": position}. lane counts from 0;
-    start and end are in `unit`. span: where the axis ends; default: the largest end of all frames.
+    A frame gives a list of (lane, start, end, colour, label), or {"bars": [...], "cursor": position}. lane counts from
+    0; start and end are in `unit`. span: where the axis ends; default: the largest end of all frames.
     """
 
     kind = "lab-bars"
 
     def __init__(self, lanes, *, unit="", span=None, lane_height=1.6, name=""):
-        self.lanes, self.unit, self.span, self.lane_height, self.name = list(lanes), unit, span, lane_height, name
-        self.slots, self.cursor = 0, False
+        self.lanes, self.unit, self.given_span, self.lane_height, self.name = list(lanes), unit, span, lane_height, name
+        self.span, self.slots, self.cursor = span, 0, False
 
     def measure(self, frames):
         """Look at all frames: the axis must hold every bar, and there must be an item for each."""
-        self.span = self.span or max((bar[2] for f in frames for bar in _bars(f)[0]), default=1) or 1
+        self.span = self.given_span or max((bar[2] for f in frames for bar in _bars(f)[0]), default=1) or 1
         self.slots = max((len(_bars(f)[0]) for f in frames), default=0)
         self.cursor = any(_bars(f)[1] is not None for f in frames)
 
@@ -124,7 +125,7 @@ class Html:
     def __init__(self, html, text):
         size = len(html.encode())
         if size > MAX_BYTES:
-            raise ValueError(f"player: got {size:,} bytes, expected at most {MAX_BYTES:,}: fewer frames, options or items")
+            raise ValueError(f"player: got {size:,} bytes, expected at most {MAX_BYTES:,} (fewer frames or items)")
         self.html, self.text = html, text
 
     def __repr__(self):
@@ -169,13 +170,14 @@ class Stepper(Html):
         last = len(steps) - 1
         if last < 1:
             raise ValueError(f"steps: got {len(steps)}, expected at least two")
-        keys = (("first", "First step", "|&lt;"), ("back", "Step back", "&lt;"), ("next", "Next step", "&gt;"))
-        buttons = "".join(f'<button type=button data-go={go} aria-label="{what}">{sign}</button>' for go, what, sign in keys)
-        buttons += '<button type=button data-go=last aria-label="Last step">&gt;|</button>'
+        signs = {"first": "|&lt;", "back": "&lt;", "next": "&gt;", "last": "&gt;|"}
+        button = '<button type=button data-go={0} aria-label="{0} step">{1}</button>'
+        buttons = "".join(button.format(*item) for item in signs.items())
         buttons += "<button type=button data-go=play>Play</button>"
         options = [f"{i + 1} of {last + 1}" for i in range(last + 1)]
         slider = f"<label>Step <input type=range min=0 max={last} value=0><output>{options[0]}</output></label>"
-        super().__init__(*_player(title, panels, steps, buttons + slider, [options], range(last + 1)[key], legend, caption))
+        key = range(last + 1)[key]
+        super().__init__(*_player(title, panels, steps, buttons + slider, [options], key, legend, caption))
 
 
 class Timeline(Stepper):
@@ -198,10 +200,11 @@ class Timeline(Stepper):
 
 def predict(key, question, unit=""):
     """Ask for a number before the answer is shown. The same `key` goes to `reveal`."""
-    controls = f"<label>{escape(question)} <input type=number step=any>{escape(unit)}</label><button type=button>Commit</button>"
+    question_, unit_ = escape(question), escape(unit)
     body = (
-        f'<div class="lab-title">Predict</div><div class="lab-controls" hidden>{controls}</div>'
-        f'<p class="lab-text" aria-live="polite">{escape(question)} Write down a number ({escape(unit)}) before you read on.</p>'
+        '<div class="lab-title">Predict</div><div class="lab-controls" hidden>'
+        f"<label>{question_} <input type=number step=any>{unit_}</label><button type=button>Commit</button></div>"
+        f'<p class="lab-text" aria-live="polite">{question_} Write down a number ({unit_}) before you read on.</p>'
     )
     return Html(_figure("Predict", body, {"predict": key, "unit": unit}), f"Predict: {question} ({unit})")
 
@@ -257,10 +260,11 @@ def _player(title, panels, frames, controls, options, key, legend, caption):
         wide = " lab-wide" if isinstance(panel, Bars) else ""
         block = f'<div class="lab-panel{wide}">{heading}{panel.html(panel.items(frames[key][name]))}</div>'
         drawn, values = (drawn, values + block) if isinstance(panel, Values) else (drawn + block, values)
-    marks = [f'<li><i class="{_color(color)}"></i>{escape(meaning)}</li>' for color, meaning in (legend or {}).items()]
-    stage = f'<div class="lab-panels lab-stage" role="img" aria-label="{escape(texts[key])}">{drawn}</div>' if drawn else ""
+    marks = [f'<li><i class="{_color(c)}"></i>{escape(meaning)}</li>' for c, meaning in (legend or {}).items()]
+    stage = f'<div class="lab-panels lab-stage" role="img" aria-label="{escape(texts[key])}">{drawn}</div>'
     body = (
-        f'<div class="lab-title">{escape(title)}</div>{stage}'
+        f'<div class="lab-title">{escape(title)}</div>'
+        + (stage if drawn else "")
         + (f'<div class="lab-panels">{values}</div>' if values else "")
         + (f'<ul class="lab-legend">{"".join(marks)}</ul>' if marks else "")
         + f'<p class="lab-text" aria-live="polite">{escape(texts[key])}</p>'
@@ -284,7 +288,8 @@ def _figure(title, body, data):
 
 def _control(label, values, index):
     if len(values) > 3 and all(isinstance(value, Real) for value in values):
-        field = f"<input type=range min=0 max={len(values) - 1} value={index}><output>{escape(str(values[index]))}</output>"
+        shown = escape(str(values[index]))
+        field = f"<input type=range min=0 max={len(values) - 1} value={index}><output>{shown}</output>"
     else:
         chosen = ("", " selected")
         options = [f"<option value={i}{chosen[i == index]}>{escape(str(v))}</option>" for i, v in enumerate(values)]

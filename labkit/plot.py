@@ -1,6 +1,8 @@
-"""One style for all figures. They are PNG on white; in the book's dark theme the style sheet inverts them (and turns the
-hues back), so one image reads well in both. Colours are from Okabe and Ito's palette, safe for colour-blind readers, and
-lines differ in marker and dash too."""
+"""One style for all figures: PNG on white.
+
+In the book's dark theme the style sheet inverts them and turns the hues back, so one image reads well in both. The
+colours follow Okabe and Ito's palette, safe for colour-blind readers; lines differ in marker and dash too.
+"""
 
 import io
 
@@ -9,7 +11,7 @@ from cycler import cycler
 
 matplotlib.use("agg")  # no window, the same pixels everywhere
 
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 COLORS = {
     "blue": "#0072b2",
@@ -70,8 +72,8 @@ def figure(rows=1, cols=1, *, width=7.0, height=3.2, **kwargs):
 def show(fig, *, name, caption, alt):
     """Close `fig` and return it as a `Figure`, the last expression of its cell.
 
-    name: unique in the book, e.g. "fig-waves". caption: MyST Markdown, what to see in it. alt: the same for those who
-    cannot see it: the kind of plot, the axes, and what it shows; not a repetition of the caption.
+    name: unique in the book, e.g. "fig-waves". caption: MyST Markdown, what to see in it. alt: for those who cannot
+    see it: the kind of plot, the axes, and what it shows; not a repetition of the caption.
     Raises ValueError when one is missing or the alt text is too short to say anything.
     """
     if not name.startswith("fig-"):

@@ -36,7 +36,9 @@ def test_both_ways(ex, capsys):
     out = capsys.readouterr().out
     assert out.startswith(f"{ex.name}: not written yet. {len(ex.cases)} cases are waiting.\nHint 1: ")
     assert out.count("\n") == 2
-    assert len(ex.bugs) >= 3 and len(ex.hints) >= 2 and ex.fn.__doc__
+    assert len(ex.bugs) >= 3
+    assert len(ex.hints) >= 2
+    assert ex.fn.__doc__
 
 
 @pytest.mark.parametrize("ex", ALL)

@@ -99,10 +99,12 @@ def test_run(sample):
     assert set(figure.outputs[0].data) == {"image/png", "text/plain"}
     assert set(code[2].outputs[0].data) == {"text/html", "text/plain"}
     shown = code[5].outputs[0].data["text/markdown"]
-    assert shown.startswith("From `labkit/show.py`, part of `show`:\n\n```python\npath =") and shown.count("\n") == 5
+    assert shown.startswith("From `labkit/show.py`, part of `show`:\n\n```python\npath =")
+    assert shown.count("\n") == 5
     assert code[6].outputs == []
     raw = json.loads(sample.read_text(encoding="utf-8"))
-    assert set(raw["metadata"]) == {"kernelspec", "language_info"} and raw["metadata"]["language_info"] == {"name": "python"}
+    assert set(raw["metadata"]) == {"kernelspec", "language_info"}
+    assert raw["metadata"]["language_info"] == {"name": "python"}
 
 
 def test_running_again_changes_only_what_is_not_compared(sample, tmp_path):

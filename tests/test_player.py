@@ -61,7 +61,8 @@ def test_same_call_same_bytes_and_self_contained(make):
     assert len(html.encode()) < 20_000
     assert not re.search(r"""\bid=|https?://|src=|@import|url\(""", html)
     assert html.count("<figure") == html.count("</figure>") == 1
-    assert "aria-live" in html and 'role="group"' in html
+    assert "aria-live" in html
+    assert 'role="group"' in html
 
 
 @pytest.mark.parametrize("make", [stepper, timeline, explorer])

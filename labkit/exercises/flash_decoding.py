@@ -15,14 +15,14 @@ def _scores(seed, *shape):
 @exercise(
     hints=[
         "What was summed so far was measured against the old maximum.",
-        "FlashAttention-2's Algorithm 1, line 10, prints the factor exp(m_old - m_new) with an exponent -1. Should it be there?",
+        "FlashAttention-2's Algorithm 1, line 10, prints exp(m_old - m_new) with an exponent -1. Should it be there?",
         "Both l and acc are multiplied by exp(m - m_new) before the new block is added.",
     ],
     bugs=[
         ("torch.exp(m - m_new)", "torch.exp(m_new - m)", "the misprint in the paper: the factor upside down"),
         ("l = alpha * l + p.sum()", "l = l + p.sum()", "the denominator is not rescaled"),
         ("acc = alpha * acc + p @ v", "acc = acc + p @ v", "the output is not rescaled"),
-        ("p = torch.exp(scores - m_new)", "p = torch.exp(scores - m)", "the new block is measured against the old maximum"),
+        ("p = torch.exp(scores - m_new)", "p = torch.exp(scores - m)", "the block is measured against the old maximum"),
         ("torch.maximum(m, scores.max())", "scores.max()", "the maximum forgets the earlier blocks"),
     ],
 )
@@ -78,7 +78,7 @@ def _(fn):
     hints=[
         "A half with a larger lse holds more of the softmax's mass.",
         "The total is lse = log(exp(lse_a) + exp(lse_b)); torch.logaddexp computes it without overflow.",
-        "The weight of a half is exp(lse_half - lse). When both are empty, -inf - (-inf) is NaN: replace that lse by 0.",
+        "A half weighs exp(lse_half - lse). When both are empty, -inf - (-inf) is NaN: replace that lse by 0.",
     ],
     bugs=[
         ("torch.logaddexp(lse_a, lse_b)", "torch.maximum(lse_a, lse_b)", "the maximum is not the sum"),
@@ -106,7 +106,8 @@ def merge_two(o_a, lse_a, o_b, lse_b):
 
 def _halves(len_a, len_b, scale=1.0):
     """Attention over the first len_a keys, over the next len_b, and over all of them."""
-    q, k, v = scale * _scores(0, 2, 4, 16), scale * _scores(1, 2, len_a + len_b, 2, 16), _scores(2, 2, len_a + len_b, 2, 16)
+    q, k, v = (_scores(seed, *shape) for seed, shape in enumerate([(2, 4, 16), *[(2, len_a + len_b, 2, 16)] * 2]))
+    q, k = scale * q, scale * k
 
     def attend(start, stop):
         lens = torch.full((2,), stop - start, dtype=torch.int32)
