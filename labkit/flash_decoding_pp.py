@@ -6,19 +6,23 @@
 3. Heuristic dataflow. Which implementation is fastest changes with the number of tokens: measure once, look up later.
 """
 
+import dataclasses
+import functools
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from labkit import args, splits
-from labkit.attention import decode_attention, softmax_dtype
-from labkit.flash_decoding import BLOCK_KEYS
+from labkit import args, bench, codegen, splits, timing
+from labkit.attention import attention, decode_attention, softmax_dtype
+from labkit.flash_decoding import BLOCK_KEYS, decode_case
 
 # ---- 1. unified max
 
@@ -238,3 +242,252 @@ def versions():
     except importlib.metadata.PackageNotFoundError:
         found["triton"] = "none"
     return found
+
+
+# ---- reading phi from a model
+
+# Where 99.99 % of the scores x = q.k / sqrt(D) of a model lie (paper: Figure 5).
+PUBLISHED_RANGES = {"Llama2-7B": (-16.8, 6.5), "ChatGLM2-6B": (-10.5, 13.7), "OPT-6.7B": (-496.8, 363.5)}
+
+
+def model_scores(model, ids):
+    """The scores that a model's attention sees on a text: one sorted 1-D tensor a layer, fp32, causal pairs only.
+
+    model: a `labkit.model.Llama`, or any model(ids, attend=...) that calls attend(layer, q, k, v). ids [B, T] int.
+    """
+    seen = {}
+
+    def attend(layer, q, k, v):
+        group = q.shape[2] // k.shape[2]
+        x = torch.einsum("bthgd,blhd->bhgtl", q.unflatten(2, (k.shape[2], group)).float(), k.float())
+        keep = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
+        seen[layer] = (x[..., keep] * q.shape[-1] ** -0.5).flatten().sort().values
+        return attention(q, k, v)
+
+    with torch.no_grad():
+        model(ids, attend=attend)
+    return [seen[layer] for layer in sorted(seen)]
+
+
+def score_range(scores, coverage=0.9999):
+    """(low, high): the central `coverage` of some scores lies between them. scores: sorted 1-D tensors."""
+    args.expect(0 < coverage <= 1, "coverage", coverage, "above 0, at most 1")
+    x = torch.cat(list(scores)).sort().values
+    args.expect(len(x) > 0, "scores", "no scores", "at least one")
+    tail = int((1 - coverage) / 2 * len(x))
+    return x[tail].item(), x[len(x) - 1 - tail].item()
+
+
+def calibrate(low, high, dtype=torch.bfloat16):
+    """(phi, bounds) for scores between low and high, p = exp(x - phi) in dtype.
+
+    The bounds are what the dtype can hold, not what was seen: they are there to catch what calibration did not see.
+    phi puts the range into the middle of them, so that both sides have the same room.
+    Raises ValueError if the range is wider than the bounds: such a model (OPT-6.7B) is not for this technique.
+    """
+    a, b = args.EXP_LIMITS[torch.float16 if dtype == torch.float16 else torch.float32]
+    what = f"{low:.1f} to {high:.1f} ({high - low:.1f} wide)"
+    args.expect(low <= high and high - low < b - a, "low, high", what, f"at most {b - a:g} wide, for {dtype}")
+    return (low + high) / 2 - (a + b) / 2, (a, b)
+
+
+def flagged_rows(share, keys):
+    """Share of rows with at least one of `keys` scores outside a range that holds the share 1 - `share` of all scores.
+
+    As if scores were independent: 99.99 % of the scores is far from 99.99 % of the rows.
+    """
+    return 1 - (1 - share) ** keys
+
+
+# ---- what is compiled
+
+
+def codegen_cases():
+    """Both walks of the split kernel, wide fp16 bounds; each padding of the flat GEMM, with and without a cut K."""
+    tensor = codegen.Tensor
+
+    def decode(name, dtype="bfloat16", head_dim=128, group=8, bounds=(-9.0, 11.0), **options):
+        kv = tensor((2, 512, 2, head_dim), dtype)
+        inputs = dict(q=tensor((2, 2 * group, head_dim), dtype), k=kv, v=kv, kv_lens=tensor((2,), "int32", 512))
+        return codegen.Case(
+            "kernels.flash_decoding_pp:unified_decoding", name,
+            inputs | dict(phi=0.0, bounds=bounds, num_splits=4) | options,
+            matrix=("_unified_split_kernel",), narrow=("_unified_merge_kernel",),
+        )  # fmt: skip
+
+    def linear(function, m, n, k, dtype="bfloat16", name="", **options):
+        kernels = ("_flat_gemm_kernel",) if function == "flat_gemm" and dtype != "float32" else ()
+        return codegen.Case(
+            f"kernels.flash_decoding_pp:{function}",
+            name or f"{dtype}, M={m} [{n}, {k}]" + "".join(f", {key} {value}" for key, value in options.items()),
+            dict(x=tensor((m, k), dtype), w=tensor((n, k), dtype)) | options, matrix=kernels,
+        )  # fmt: skip
+
+    return [
+        decode("bf16, head_dim 128, group 8"),
+        decode("bf16, head_dim 128, group 8, synchronised", synchronised=True),
+        decode("fp16, head_dim 64, group 1, one split", "float16", 64, 1, num_splits=1),
+        decode("fp16, head_dim 128, group 8, bounds wider than fp16", "float16", bounds=(-30.0, 30.0)),
+        decode("bf16, head_dim 128, group 64", group=64),
+        linear("gemv", 1, 4096, 4096),
+        linear("gemv", 4, 11008, 4096, "float16"),
+        linear("flat_gemm", 8, 4096, 4096, pad=8),
+        linear("flat_gemm", 8, 4096, 4096, pad=16),
+        linear("flat_gemm", 8, 4096, 4096, pad=64),
+        linear("flat_gemm", 8, 32000, 4096, "float16", pad=8),
+        linear("flat_gemm", 8, 4096, 4096, "float32"),
+    ]
+
+
+# ---- benchmark cases
+
+LLAMA2_7B = {"QKV": (12288, 4096), "O": (4096, 4096), "FFN1": (11008, 4096), "FFN2": (4096, 11008)}  # [N, K]
+MS = (1, 2, 4, 8, 16, 32, 64)
+SYNC, FLAGGED = "Llama-2-7B heads (32, 32), bf16: with and without the running maximum", "Share of rows that trip"
+FLAT, GEMV = "Flat GEMM, the four [N, K] of Llama-2-7B, bf16", "GEMV, the four [N, K] of Llama-2-7B, bf16"
+PADS = {f"pad {pad}": {"pad": pad} for pad in (8, 16, 64)}
+COMPILED = {"flat O M=8", "flat QKV M=8", "flat FFN2 M=64"}
+
+
+def library(x, w):
+    """`F.linear`: cuBLAS on an NVIDIA GPU."""
+    return lambda: F.linear(x, w)
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled_linear(*shapes):
+    if shapes[0] == "cpu":  # the same call, but no compiler is needed to check it
+        return F.linear
+    torch._dynamo.reset()
+    return torch.compile(F.linear, dynamic=False, mode="max-autotune-no-cudagraphs")
+
+
+def compiled(x, w):
+    """torch.compile with max-autotune: it may choose a Triton kernel of its own, split-K included, or cuBLAS."""
+    linear = _compiled_linear(x.device.type, x.dtype, x.shape, w.shape)
+    return lambda: linear(x, w)
+
+
+def linear_case(name, op, m, n, k, *, tiny=False, **options):
+    """y = x w^T in bf16, weights scaled as a layer's, so that y is of the size of x."""
+    if tiny:
+        n, k = n // 128, k // 32
+    options |= dict(bytes=2 * (m * k + n * k + m * n), flops=2 * m * n * k)
+
+    def make(generator, device):
+        x, w = (torch.randn(r, k, generator=generator, device=device) for r in (m, n))
+        return {"x": x.bfloat16(), "w": (w * k**-0.5).bfloat16()}
+
+    return bench.Case(name, op, make, **options)
+
+
+def unified_case(name, batch, kv_len, share=0.0, *, tiny=False, **options):
+    """One decode step of Llama-2-7B; in `share` of the sequences one key of every head lies out of bounds."""
+    base = decode_case(
+        name, batch, kv_len, 32, 32, torch.bfloat16, op="unified_decoding", tiny=tiny, **options
+    )  # fmt: skip
+
+    def make(generator, device):
+        inputs = base.make(generator, device)
+        rows = round(share * len(inputs["q"]))
+        inputs["k"][:rows, 0] = inputs["q"][:rows, : inputs["k"].shape[2]] * 4  # x = 4 |q|^2 / sqrt(D), about 45
+        return inputs | {"phi": 0.0, "bounds": (-20.0, 20.0)}
+
+    return dataclasses.replace(base, make=make, peers={}, reference="unified_decoding")
+
+
+def cases(tiny=False) -> list[bench.Case]:
+    """The running maximum's price, the price of recomputing, and who multiplies best for how many tokens."""
+    result = []
+    variants = {"synchronised": {"synchronised": True}}
+    for batch, kv_len in ((1, 1024), (1, 8192), (1, 65536), (16, 1024), (16, 8192)):
+        options = dict(section=SYNC, variants=variants, tiny=tiny)
+        result.append(unified_case(f"unified B={batch} L={kv_len}", batch, kv_len, **options))
+    for eighths in (0, 1, 2, 4, 8):
+        name = f"unified B=16 L=4096, {eighths} of 8 rows trip"
+        result.append(unified_case(name, 16, 4096, eighths / 8, section=FLAGGED, variants=variants, tiny=tiny))
+    for layer, (n, k) in LLAMA2_7B.items():
+        for m in MS:
+            flat, few = f"flat {layer} M={m}", {"compile": "it takes half a minute a shape; three are timed"}
+            without = {} if flat in COMPILED else few
+            options = dict(section=FLAT, variants=PADS, peers={"F.linear": library, "compile": compiled})
+            result.append(linear_case(flat, "flat_gemm", m, n, k, tiny=tiny, without=without, **options))
+            if m <= 16:
+                options = dict(section=GEMV, peers={"F.linear": library})
+                result.append(linear_case(f"gemv {layer} M={m}", "gemv", m, n, k, tiny=tiny, **options))
+    return result
+
+
+def recorded_timer(comparison):
+    """A timer for `Dataflow.profile` over the names "gemv", "flat_gemm" and "F.linear": medians of measured rows.
+
+    comparison: what `labkit.bench.bench` returned. Returns None if it holds no timings of these cases.
+    """
+    layers = {shape: layer for layer, shape in LLAMA2_7B.items()}
+
+    def timer(name, m, n, k):
+        if name == "gemv" and m > 16:  # not measured: it reads w again for every four tokens
+            return math.inf
+        case = f"{'gemv' if name == 'gemv' else 'flat'} {layers[n, k]} M={m}"
+        return comparison.us(case, "F.linear" if name == "F.linear" else None)
+
+    known = all(timer(name, m, n, k) for n, k in layers for m in MS for name in ("gemv", "flat_gemm", "F.linear"))
+    return timer if known else None
+
+
+def gpu_timer(impl, m, n, k):
+    """Median microseconds of impl(x [m, k], w [n, k]) on the GPU in bf16, with a cold L2 cache, in a CUDA graph."""
+    case = linear_case("", "", m, n, k)
+    generator = torch.Generator("cuda").manual_seed(0)
+    copies = [case.make(generator, "cuda") for _ in range(timing.num_copies(case.bytes))]
+    sample, _ = timing.gpu_timer([functools.partial(impl, **inputs) for inputs in copies])
+    return sorted(us := sample())[len(us) // 2]
+
+
+# ---- a stand-in where there is no GPU: three ways to multiply in torch, on this CPU
+
+CPU_SHAPES = [(n // 4, k // 4) for n, k in LLAMA2_7B.values()]
+CPU_MS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
+
+
+def cpu_token_by_token(x, w):
+    return torch.stack([torch.mv(w, token) for token in x])
+
+
+def cpu_swapped(x, w):
+    return torch.mm(w, x.t()).t()
+
+
+CPU_IMPLS = {"mv, token by token": cpu_token_by_token, "mm, w x^T": cpu_swapped, "F.linear": F.linear}
+
+
+def cpu_timer(impl, m, n, k, repeats=7):
+    """Median microseconds of processor time of impl(x [m, k], w [n, k]) in fp32, all threads together."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(rows, k, generator=generator) for rows in (m, n))
+    impl(x, w)
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        impl(x, w)
+        times.append(time.process_time() - start)
+    return 1e6 * sorted(times)[repeats // 2]
+
+
+def profile_here(ops, comparison):
+    """(Dataflow, where its times come from): measured now on this GPU, or the record, or else this CPU's stand-in.
+
+    ops: the module with the kernels. comparison: what `labkit.bench.bench` returned for this topic.
+    """
+    impls = {"gemv": ops.gemv, "flat_gemm": ops.flat_gemm, "F.linear": F.linear}
+    shapes = LLAMA2_7B.values()
+    if bench.this_gpu():
+        return Dataflow.profile(shapes, MS, impls, gpu_timer), f"Measured now on {device_name()}, bf16."
+    if timer := recorded_timer(comparison):
+        lines = comparison.provenance()
+        return Dataflow.profile(shapes, MS, list(impls), timer, device=comparison.rows[0].device), lines[0]
+    where = (
+        f"A stand-in: three ways to multiply in torch, timed now on this machine's processor ({device_name()}, fp32, "
+        "weights a quarter as wide and as high). No GPU measurement has been recorded."
+    )
+    return Dataflow.profile(CPU_SHAPES, CPU_MS, CPU_IMPLS, cpu_timer), where

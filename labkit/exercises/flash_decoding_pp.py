@@ -1,0 +1,188 @@
+"""Exercises of chapter 02. The docstrings are the tasks."""
+
+import math
+
+import torch
+
+from labkit.exercises import exercise, expect
+
+
+@exercise(
+    hints=[
+        "Figure 6 of the paper explains y = (3, 6 | 9, 6) with \"9-5>2\". Its phi is 6, its b 3: what is 9 - phi?",
+        "9 - 6 = 3 is not below b = 3: the bounds are inclusive, a score that meets one trips it.",
+        "A masked key has no say, however far out its score is (-inf, for one).",
+    ],
+    bugs=[
+        ("e >= b", "e > b", "the upper bound is taken as exclusive"),
+        ("e <= a", "e < a", "the lower bound is taken as exclusive"),
+        ("(e <= a) | (e >= b)", "e >= b", "only overflow is guarded, not underflow"),
+        ("e = scores - phi", "e = scores", "the scores themselves are compared: the paper's other (a, b)"),
+        (" & keep", "", "masked keys trip the bounds"),
+        (".any(-1)", ".all(-1)", "every key has to trip"),
+    ],
+)
+def rows_to_recompute(scores, keep, phi, a, b):
+    """Which rows leave the bounds a < score - phi < b, as Figure 6 of the paper does it (but right).
+
+    scores [rows, keys]; keep [rows, keys] bool, False for masked keys. Returns [rows] bool.
+    """
+    # >>> your code
+    e = scores - phi
+    outside = ((e <= a) | (e >= b)) & keep
+    trips = outside.any(-1)
+    # <<< your code
+    return trips
+
+
+def _trips(fn, scores, keep=None, phi=6.0, a=-3.0, b=3.0):
+    scores = torch.tensor(scores)
+    keep = torch.ones_like(scores, dtype=torch.bool) if keep is None else torch.tensor(keep)
+    return fn(scores, keep, phi, a, b).tolist()
+
+
+@rows_to_recompute.case("Figure 6: x stays, y is done again")
+def _(fn):
+    expect(_trips(fn, [[4.0, 5, 6, 7], [3.5, 6, 9, 6]]), [False, True], "trips")
+
+
+@rows_to_recompute.case("a score that meets the lower bound, and one far below it")
+def _(fn):
+    expect(_trips(fn, [[3.0, 6, 6, 6], [4.0, 6, 6, 6], [-90.0, 6, 6, 6]]), [True, False, True], "trips")
+
+
+@rows_to_recompute.case("masked keys do not count")
+def _(fn):
+    keep = [[True, True, False], [True, False, False]]
+    expect(_trips(fn, [[5.0, 6, -math.inf], [6.0, 99, -99]], keep), [False, False], "trips")
+
+
+@exercise(
+    hints=[
+        "Nothing of another part is needed: no maximum, no factor.",
+        "Figure 6 prints e^(4-6) and e^(5-6) twice. The second part has its own scores.",
+        "num is the sum of exp(score - phi) * value, den the sum of exp(score - phi). Divide after adding, not before.",
+    ],
+    bugs=[
+        ("scores[cut:], v[cut:]", "scores[:cut], v[:cut]", "the first part twice, as printed in Figure 6"),
+        ("torch.exp(s - phi)", "torch.exp(s - s.max())", "every part uses its own maximum"),
+        ("num += p @ values", "num += p @ values / p.sum()", "the parts are divided before they are added"),
+        ("den += p.sum()", "den = p.sum()", "only the last part's denominator"),
+    ],
+)
+def add_parts(scores, v, phi, cut):
+    """Attention of one query in two parts, keys [0, cut) and [cut, L), that know nothing of each other (Eq. 4).
+
+    scores [L], v [L, D]. Returns the output [D].
+    """
+    # >>> your code
+    num, den = torch.zeros(v.shape[1]), torch.tensor(0.0)
+    for s, values in ((scores[:cut], v[:cut]), (scores[cut:], v[cut:])):
+        p = torch.exp(s - phi)
+        num += p @ values
+        den += p.sum()
+    # <<< your code
+    return num / den
+
+
+def _problem(length=12):
+    generator = torch.Generator().manual_seed(length)
+    return torch.randn(length, generator=generator) * 3, torch.randn(length, 4, generator=generator)
+
+
+@add_parts.case("two halves")
+def _(fn):
+    scores, v = _problem()
+    expect(fn(scores, v, 1.0, 6), scores.softmax(0) @ v, "output")
+
+
+@add_parts.case("any phi, any cut")
+def _(fn):
+    scores, v = _problem()
+    for phi, cut in ((-4.0, 1), (9.0, 11), (0.0, 5)):
+        expect(fn(scores, v, phi, cut), scores.softmax(0) @ v, f"output for phi {phi:g}, cut {cut}")
+
+
+@exercise(
+    hints=[
+        "Section 3 offers phi = a, a being the smallest score. How large does score - phi get then?",
+        "The range of score - phi is (low - phi, high - phi). Both ends want the same distance to their bound.",
+        "low - phi - a = b - (high - phi). Solve for phi; there is no room if high - low >= b - a.",
+    ],
+    bugs=[
+        ("(low + high - a - b) / 2", "low", "the paper's phi = a: every exponent is positive"),
+        ("(low + high - a - b) / 2", "high", "the ordinary maximum: every exponent is negative"),
+        ("(low + high - a - b) / 2", "(low + high) / 2", "right only for bounds around 0"),
+        ("high - low < b - a", "True", "a range that does not fit is not noticed"),
+    ],
+)
+def choose_phi(low, high, a, b):
+    """The phi that puts scores between low and high into the middle of a < score - phi < b; None if they do not fit."""
+    # >>> your code
+    phi = (low + high - a - b) / 2 if high - low < b - a else None
+    # <<< your code
+    return phi
+
+
+@choose_phi.case("Llama2-7B in fp32, symmetric bounds")
+def _(fn):
+    expect(fn(-16.8, 6.5, -60.0, 60.0), -5.15, "phi")
+
+
+@choose_phi.case("Llama2-7B does not fit fp16's bounds, ChatGLM2-6B neither; a narrower model does")
+def _(fn):
+    expect(fn(-16.8, 6.5, -9.0, 11.0), None, "phi for Llama2-7B")
+    expect(fn(-10.5, 13.7, -9.0, 11.0), None, "phi for ChatGLM2-6B")
+    expect(fn(-10.0, 5.0, -9.0, 11.0), -3.5, "phi")
+
+
+@choose_phi.case("OPT-6.7B does not fit fp32")
+def _(fn):
+    expect(fn(-496.8, 363.5, -80.0, 60.0), None, "phi")
+
+
+@exercise(
+    hints=[
+        "Two searches, one after the other, upwards in M.",
+        "M1 is the first M where B is faster than A. The second search begins there, and compares C with B.",
+        "A tie is no win: stay with what you have.",
+    ],
+    bugs=[
+        ("us_b[m] < us_a[m]", "us_b[m] <= us_a[m]", "a tie counts as a win"),
+        ("us_c[m] < us_b[m]", "us_c[m] < us_a[m]", "C is compared with A"),
+        ("m >= m1 and", "", "the second search begins at 1"),
+        ("m1 = min(", "m1 = max(", "the last crossing, not the first"),
+    ],
+)
+def switch_points(us_a, us_b, us_c):
+    """The paper's M1 and M2 (section 5) from the times of GEMV, flat GEMM and library: {m: microseconds} each.
+
+    A is used for M < M1, B for M1 <= M < M2, C from M2 on. Both exist in the data given.
+    """
+    # >>> your code
+    m1 = min(m for m in us_a if us_b[m] < us_a[m])
+    m2 = min(m for m in us_b if m >= m1 and us_c[m] < us_b[m])
+    # <<< your code
+    return m1, m2
+
+
+def _times(*us):
+    return dict(zip((1, 2, 4, 8, 16), us, strict=True))
+
+
+@switch_points.case("plain crossings")
+def _(fn):
+    found = fn(_times(5, 7, 9, 17, 33), _times(8, 8, 8, 8, 16), _times(12, 12, 12, 12, 12))
+    expect(tuple(found), (4, 16), "(M1, M2)")
+
+
+@switch_points.case("a tie, and an early win of C over B that does not count")
+def _(fn):
+    found = fn(_times(5, 8, 16, 32, 64), _times(14, 8, 8, 9, 20), _times(12, 12, 12, 12, 12))
+    expect(tuple(found), (4, 16), "(M1, M2)")
+
+
+@switch_points.case("B wins, loses and wins again: the first crossing counts")
+def _(fn):
+    found = fn(_times(5, 9, 9, 17, 33), _times(8, 8, 11, 8, 16), _times(20, 20, 12, 12, 12))
+    expect(tuple(found), (2, 16), "(M1, M2)")
