@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from labkit import args, bench, codegen, flash_decoding
+from labkit import args, bench, codegen, player
 from labkit.attention import decode_attention
 from labkit.block_pool import BlockPool, OutOfPages  # noqa: F401  (part of this topic's public names)
+from labkit.flash_decoding import decode_case, flash_decoding  # noqa: F401  (timed beside paged_decoding)
 
 
 def sequence_slots(block_table, kv_len, page_size, num_pages):
@@ -113,6 +114,119 @@ def page_walk(q, k_pages, v_pages, table, kv_len, *, sm_scale=None):
         p, alpha = torch.exp(scores - m_new), torch.exp(m - m_new)
         m, l, acc = m_new, l * alpha + p.sum(), acc * alpha + p @ v_pages[page, :used]
         yield page, used, p, m, l, acc
+
+
+# --- players
+
+
+def traced_problem(kv_len=90, page_size=16, num_pages=12):
+    """A decode step of one head over one sequence for `walk_player`: v_pages[..., 0] holds the slot's number + 1."""
+    rng = np.random.default_rng(4)
+    k = torch.from_numpy(rng.standard_normal((1, kv_len, 1, 8), dtype=np.float32))
+    k_pages, v_pages, block_table = to_pages(k, k, [kv_len], page_size, rng.permutation(num_pages))
+    numbers = torch.arange(1.0, num_pages * page_size + 1).view(num_pages, page_size)
+    v_pages[..., 0, 0] = torch.where(v_pages[..., 0, 0].isnan(), v_pages[..., 0, 0], numbers)
+    kv_lens = torch.tensor([kv_len], dtype=torch.int32)
+    return dict(q=k[:, 0], k_pages=k_pages, v_pages=v_pages, block_table=block_table, kv_lens=kv_lens)
+
+
+def walk_player(inputs, o, walk):
+    """Step through a recorded launch (`labkit.trace.watch` of `attend_tile` on `traced_problem`).
+
+    Which slots a program read is seen in the values that it loaded; a slot that it masked shows as zero there.
+    """
+    num_pages, size = inputs["k_pages"].shape[:2]
+    table = inputs["block_table"][0].tolist()
+    mine = set(sequence_slots(inputs["block_table"][0], inputs["kv_lens"][0], size, num_pages).tolist())
+    colors = ["sky" if slot in mine else "muted" for slot in range(num_pages * size)]
+    steps = []
+    for step in walk:
+        program, numbers = step.program[0], step.inputs[2][:, 0]
+        slots = [int(n) - 1 for n in numbers if n > 0]
+        pages = list(dict.fromkeys(slot // size for slot in slots))
+        for slot in slots:
+            colors[slot] = "orange"
+        text = f"Program {program} reads {len(slots)} keys, which lie in pages {' and '.join(map(str, pages))}."
+        masked = len(numbers) - len(slots)
+        text += f" {masked} of the tile's {len(numbers)} rows are past the last key: not read." if masked else ""
+        entries = [("orange" if page in pages else "", str(page)) for page in table]
+        rows = [colors[i : i + size] for i in range(0, len(colors), size)]
+        steps.append({"text": text, "pages": rows, "table": {"page": entries}})
+        colors = ["blue" if color == "orange" else color for color in colors]
+    text = (
+        f"All keys were read once and nothing else was touched. Merged, o[1] is {o[0, 0, 1]:.4f}: the kernel's output."
+    )
+    rows = [colors[i : i + size] for i in range(0, len(colors), size)]
+    steps.append({"text": text, "pages": rows, "table": {"page": [("", str(page)) for page in table]}})
+    panels = {
+        "pages": player.Grid(num_pages, size, row_labels=[f"page {i}" for i in range(num_pages)], name="the cache"),
+        "table": player.Values(["page"], [f"{i * size}-" for i in range(len(table))], name="block table, by position"),
+    }
+    legend = {"orange": "being read", "blue": "read", "sky": "of this sequence", "muted": "of nobody, or past its end"}
+    caption = "A run of the kernel in the interpreter: 90 keys, pages of 16, tiles of 32 keys, two splits."
+    return player.Stepper("The walk through the page table", panels, steps, legend=legend, caption=caption)
+
+
+def pool_player(num_pages=8, page_size=4):
+    """Step through the paper's figures 6 and 8 and a prefix hit, on a real pool and a memory of words."""
+    pool, memory = BlockPool(num_pages, page_size), {}
+    words, steps = {}, []
+
+    def say(text, changed=()):
+        held = {page: "blue" if refs == 1 else "purple" for page, refs in enumerate(pool.ref_counts) if refs}
+        held |= dict.fromkeys(pool.cached_pages - set(held), "sky")
+        colors = [held.get(slot // page_size, "muted") for slot in range(num_pages * page_size)]
+        cells = [("orange" if slot in changed else color, memory.get(slot, "")) for slot, color in enumerate(colors)]
+        rows = [cells[i : i + page_size] for i in range(0, len(cells), page_size)]
+        tables = {seq_id: str(pool.table(seq_id)) if seq_id in pool.seq_ids else "-" for seq_id in "ABC"}
+        queue = {"free queue": " ".join(map(str, pool.free_queue))}
+        steps.append({"text": text, "memory": rows, "tables": tables | queue})
+
+    def write(seq_id, start, tokens):
+        slots = pool.slots(seq_id, start)
+        memory.update(zip(slots, tokens))
+        return slots
+
+    def number(token):
+        return words.setdefault(token, len(words))
+
+    def append(seq_id, token, text):
+        for src, dst in pool.append(seq_id, number(token)):
+            memory.update({dst * page_size + i: memory.get(src * page_size + i, "") for i in range(page_size)})
+        say(text, write(seq_id, pool.num_tokens(seq_id) - 1, [token]))
+
+    def allocate(seq_id, text, say_text):
+        tokens = text.split()
+        cached = pool.allocate(seq_id, [number(token) for token in tokens])
+        say(say_text.format(cached=cached), write(seq_id, cached, tokens[cached:]))
+
+    prompt = "Four score and seven years ago our"
+    allocate("A", prompt, "A's prompt has seven words: two pages of four, and one slot is left over.")
+    append("A", "fathers", "The eighth word takes that slot. No page is needed.")
+    append("A", "brought", "The ninth word needs a page; one is taken, wherever it lies.")
+    pool.fork("A", "B")
+    say("B is forked from A. Only the table is copied: each page now has two holders.")
+    append("A", "forth", "A writes. Its last page is shared, so it is copied first, and A writes to the copy.")
+    append("B", "into", "B writes. It is the last holder of the old page now, and writes in place.")
+    pool.free("A")
+    say("A ends. Pages that B also holds stay; the other goes to the end of the queue.")
+    pool.free("B")
+    say("B ends. All pages are free, yet the two full ones keep what they hold, and can be found.")
+    text = "C's prompt is the same eight words: {cached} tokens are cached. The last page is computed again: "
+    allocate("C", f"{prompt} fathers", text + "C needs its output.")
+    append("C", "brought", "C goes on.")
+    panels = {
+        "memory": player.Grid(num_pages, page_size, row_labels=[f"page {i}" for i in range(num_pages)], name="memory"),
+        "tables": player.Values(["A", "B", "C", "free queue"], name="block tables"),
+    }
+    legend = {
+        "orange": "just written", "blue": "held by one", "purple": "held by two", "sky": "free, but cached",
+        "muted": "free",
+    }  # fmt: skip
+    caption = "A run of the lab's BlockPool. The words are the example of the paper's figures 6 and 8."
+    return player.Stepper(
+        "Fork, copy on write, and a prefix found again", panels, steps, legend=legend, caption=caption
+    )
 
 
 # --- what the compiler makes of it
@@ -256,7 +370,7 @@ def cases(tiny=False) -> list[bench.Case]:
     for batch, kv_len, sizes in ((8, 8192, (1, 16, 64, 256)), (1, 32768, (16, 64)), (64, 2048, (16, 64))):
         name = f"B={batch} L={kv_len}"
         options = dict(op="flash_decoding", section=PRICE, tiny=tiny)
-        contiguous = flash_decoding.decode_case(f"{name} contiguous", batch, kv_len, 32, 8, torch.bfloat16, **options)
+        contiguous = decode_case(f"{name} contiguous", batch, kv_len, 32, 8, torch.bfloat16, **options)
         kept = {peer: contiguous.peers[peer] for peer in ("SDPA flash", "FlashInfer")}
         result.append(dataclasses.replace(contiguous, peers=kept, reference="flash_decoding"))
         result += [

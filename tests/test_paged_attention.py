@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import kernels.paged_attention as paged
-from labkit import args, kv_memory
+from labkit import args, kv_memory, trace
 from labkit import paged_attention as ref
 from labkit.attention import decode_attention
 from labkit.check import BF16, DECODE_CASES, F16, F32, DecodeCase, assert_matches, randn
@@ -746,6 +746,17 @@ def test_players_show_what_ran():
     text = kv_memory.try_pages(16, 1.0)
     assert text.startswith("pages of 16, sigma 1.0: ")
     assert "token state 9" in text
+
+
+def test_walk_player_shows_the_kernels_run():
+    inputs = ref.traced_problem()
+    (o, _), walk = trace.watch("kernels.paged_attention", "attend_tile", "paged_decoding", inputs | {"num_splits": 2})
+    html = ref.walk_player(inputs, o, walk)._repr_html_()
+    pages = inputs["block_table"][0].tolist()
+    assert f"Program 0 reads 32 keys, which lie in pages {pages[0]} and {pages[1]}." in html
+    assert "6 of the tile's 32 rows" in html.replace("&#x27;", "'")
+    assert f"o[1] is {ref.paged_decoding(**inputs)[0][0, 0, 1]:.3f}" in html
+    assert "4 tokens are cached" in ref.pool_player()._repr_html_()
 
 
 # fmt: off
