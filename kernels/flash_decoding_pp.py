@@ -231,6 +231,12 @@ def _unified_merge_kernel(
     tl.store(recomputed_ptr + pid_b * stride_rb + head * stride_rh, tripped > 0)
 
 
+def unified_config(dtype: torch.dtype, head_dim: int, group: int) -> dict:
+    """As `split_config`, with twice the warps where l, low and high, a number a score each, would overflow registers."""
+    config = split_config(dtype, head_dim, group)
+    return config | {"num_warps": 8} if config["BLOCK_H"] > 16 else config
+
+
 def unified_decoding(
     q, k, v, kv_lens, *, phi, bounds, num_splits=None, sm_scale=None, synchronised=False
 ):  # fmt: skip
@@ -259,7 +265,7 @@ def unified_decoding(
     low, high = args.EXP_LIMITS[torch.float16]
     p_fp32 = q.dtype == torch.float16 and not synchronised and (bound_a < low or bound_b > high)
     group = num_q_heads // num_kv_heads
-    config = split_config(torch.float32 if p_fp32 else q.dtype, head_dim, group)
+    config = unified_config(torch.float32 if p_fp32 else q.dtype, head_dim, group)
     options = dict(HEAD_DIM=head_dim, P_FP32=p_fp32, SYNCHRONISED=synchronised, ONE_SPLIT=num_splits == 1)
     inputs = (q, *q.stride(), k, *k.stride(), v, *v.stride(), kv_lens.contiguous())
     sizes = (max_kv_len, num_splits, group, args.scale(sm_scale, head_dim), float(phi), bound_a, bound_b)

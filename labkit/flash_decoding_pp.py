@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from labkit import args, bench, codegen, splits, timing
+from labkit import args, bench, check, codegen, corpus, player, splits, timing
 from labkit.attention import attention, decode_attention, softmax_dtype
 from labkit.flash_decoding import BLOCK_KEYS, decode_case
+from labkit.model import load
 
 # ---- 1. unified max
 
@@ -299,6 +300,59 @@ def flagged_rows(share, keys):
     return 1 - (1 - share) ** keys
 
 
+def lab_model_scores(rows=4, length=256):
+    """`model_scores` of the lab's own model (or of $LAB_MODEL) on the calibration text; None where there is none."""
+    try:
+        model, encode, _ = load()
+    except FileNotFoundError:
+        return None
+    text = b"".join(corpus.texts_of("calibration").values()).decode(errors="replace")
+    return model_scores(model, torch.tensor(encode(text[: rows * length])[: rows * length]).view(rows, length))
+
+
+# ---- players
+
+
+def dataflow_player(flow, where):
+    """Walk M: how long each implementation took, which one the table picks, and why. where: what the times are."""
+    shapes = {f"[{n}, {k}]": (n, k) for n, k in flow.table}
+    ms = list(next(iter(flow.table.values()))["us"][flow.impls[0]])
+
+    def frame(shape, m):
+        row = flow.table[shapes[shape]]
+        us = {name: row["us"][name][m] for name in flow.impls}
+        best, chosen = min(us, key=us.get), flow.pick(m, *shapes[shape])
+        bars = []
+        for lane, name in enumerate(flow.impls):
+            color = "green" if name == chosen else "blue"
+            label = f"{us[name]:.0f} us" if us[name] < math.inf else "not measured"
+            bars.append((lane, 0, min(us[name] / us[best], 4.0), color, label))
+        start = dict(zip(flow.impls[1:], row["switch"]))
+        later = [f"{name} from M = {m1}" for name, m1 in start.items() if m1 is not None]
+        text = f"M = {m}: {chosen}. Table: {flow.impls[0]} first, then {', then '.join(later) or 'nothing else'}."
+        if best != chosen:
+            text += f" At this M {best} was faster: the rule goes by the first crossing and never back."
+        switches = {name: "never" if m1 is None else m1 for name, m1 in start.items()}
+        return {"text": text, "time": bars, "starts": switches}
+
+    panels = {
+        "time": player.Bars(flow.impls, unit="times the fastest (cut at 4)", span=4.0, name="time for this M"),
+        "starts": player.Values(flow.impls[1:], ["used from M ="], name="the lookup table"),
+    }
+    controls = {"weight [N, K]": list(shapes), "M": ms}
+    legend = {"green": "picked", "blue": "the others"}
+    return player.Explorer("Who multiplies?", controls, panels, frame, legend=legend, caption=where)
+
+
+def try_phi(kernel, phi, width, device="cpu"):
+    """Run the kernel with one phi and bounds of +-width on scores around 0, and say what it did. For the live cell."""
+    q, k, v, kv_lens = check.DecodeCase("", (200, 100), 4, 2, 64, torch.float32).tensors(device)
+    options = dict(phi=float(phi), bounds=(-float(width), float(width)), num_splits=2)
+    got = kernel(q, k, v, kv_lens, **options)
+    verdicts = check.compare(got, unified_decoding, q, k, v, kv_lens, **options)
+    return f"{int(got[1].sum())} of {got[1].numel()} rows were computed again. " + "; ".join(map(str, verdicts))
+
+
 # ---- what is compiled
 
 
@@ -316,7 +370,8 @@ def codegen_cases():
         )  # fmt: skip
 
     def linear(function, m, n, k, dtype="bfloat16", name="", **options):
-        kernels = ("_flat_gemm_kernel",) if function == "flat_gemm" and dtype != "float32" else ()
+        # 8 columns are one mma; Triton 3.7 makes no wgmma of them. A test of its own looks at the instruction.
+        kernels = ("_flat_gemm_kernel",) if options.get("pad") in (16, 64) else ()
         return codegen.Case(
             f"kernels.flash_decoding_pp:{function}",
             name or f"{dtype}, M={m} [{n}, {k}]" + "".join(f", {key} {value}" for key, value in options.items()),

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import kernels.flash_decoding_pp as pp
+from labkit import codegen
 from labkit import flash_decoding_pp as ref
-from labkit.attention import decode_attention
+from labkit.attention import attention, decode_attention
 from labkit.check import BF16, DECODE_CASES, F16, F32, DecodeCase, assert_matches, randn
 
 # (old text, new text) of these files; tests/planted_bugs.py plants them one at a time.
@@ -142,6 +143,22 @@ def test_flat_gemm_cuts_k_where_n_is_small():
 
 
 @pytest.mark.parametrize("function", [pp.gemv, pp.flat_gemm, ref.gemv, ref.flat_gemm])
+PADDED = {pad: f"bfloat16, M=8 [4096, 4096], pad {pad}" for pad in (8, 16, 64)}
+
+
+def test_padding_shows_in_the_instruction():
+    """On an A100 the padding is the number of m16n8k16 instructions, on an H200 the n of the wgmma (8: an mma)."""
+    cases = [case for case in ref.codegen_cases() if case.name in PADDED.values()]
+    rows = {(row["target"], row["case"]): row["matrix"] for row in codegen.compiled(cases, ("sm_80", "sm_90"))}
+    counts = {pad: rows["sm_80", name] for pad, name in PADDED.items()}
+    assert {pad: list(c) for pad, c in counts.items()} == dict.fromkeys(PADDED, ["HMMA.16816.F32.BF16"])
+    assert [sum(counts[pad].values()) / sum(counts[8].values()) for pad in PADDED] == [1, 2, 8]
+    hopper = {pad: list(rows["sm_90", name]) for pad, name in PADDED.items()}
+    assert hopper[16] == ["HGMMA.64x16x16.F32.BF16"]
+    assert hopper[64] == ["HGMMA.64x64x16.F32.BF16"]
+    assert hopper[8] in (["HMMA.16816.F32.BF16"], ["HGMMA.64x8x16.F32.BF16"])
+
+
 def test_bad_linear_is_named(function, device):
     x, w = torch.zeros(2, 8, device=device), torch.zeros(3, 8, device=device)
     for name, given in {
@@ -249,3 +266,80 @@ def test_dataflow_refuses_nonsense():
             ref.Dataflow.profile(*given, lambda *a: 1.0)
     with pytest.raises(ValueError, match=r"^timer: got"):
         ref.Dataflow.profile([(1, 1)], [1], ["a"], lambda *a: float("nan"))
+
+
+# ---- calibration, players, cases
+
+
+def test_scores_of_a_model():
+    """A model of two layers: the scores of its causal pairs, grouped heads included, and attention as it should be."""
+    rng = np.random.default_rng(0)
+    q, k, v = randn(rng, 2, 5, 4, 8), randn(rng, 2, 5, 2, 8), randn(rng, 2, 5, 2, 8)
+
+    def model(ids, attend):
+        for layer in (0, 1):
+            torch.testing.assert_close(attend(layer, q * (layer + 1), k, v), attention(q * (layer + 1), k, v))
+
+    first, second = ref.model_scores(model, None)
+    want = [q[b, t, h] @ k[b, n, h // 2] / 8**0.5 for b in (0, 1) for h in range(4) for t in range(5) for n in range(t + 1)]
+    torch.testing.assert_close(first, torch.stack(want).sort().values)
+    torch.testing.assert_close(second, 2 * first)
+    assert ref.score_range([first, second], 1.0) == (second.min().item(), second.max().item())
+    assert ref.score_range([torch.arange(1000.0)], 0.99) == (5.0, 994.0)
+
+
+def test_calibration():
+    for name, (low, high) in ref.PUBLISHED_RANGES.items():
+        if name == "OPT-6.7B":
+            with pytest.raises(ValueError, match=r"^low, high: got -496.8 to 363.5 \(860.3 wide\), expected at most 140"):
+                ref.calibrate(low, high)
+            continue
+        phi, (a, b) = ref.calibrate(low, high)
+        assert (low - phi) - a == pytest.approx(b - (high - phi))
+        assert a < low - phi < high - phi < b
+        with pytest.raises(ValueError, match=r"at most 20 wide, for torch.float16"):
+            ref.calibrate(low, high, F16)
+    assert ref.flagged_rows(1e-4, 1) == pytest.approx(1e-4)
+    assert ref.flagged_rows(0.5, 3) == pytest.approx(0.875)
+
+
+def test_player_shows_what_the_table_picks():
+    flow = profiled()
+    html = ref.dataflow_player(flow, "made up")
+    texts = json.loads(html.html.split('<script type="application/json">')[1].split("</script>")[0])["texts"]
+    want = [flow.pick(m, n, k) for n, k in flow.table for m in range(1, 20)]
+    assert [text.split(": ")[1].split(".")[0] for text in texts] == want
+    assert texts[0] == "M = 1: gemv. Table: gemv first, then flat_gemm from M = 3, then library from M = 9."
+    assert "gemv was faster" not in texts[0]
+
+
+def test_live_cell(device):
+    said = [ref.try_phi(pp.unified_decoding, phi, 8, device) for phi in (0, 100)]
+    assert [s.split(" rows")[0] for s in said] == ["0 of 8", "8 of 8"]
+    assert all("WRONG" not in s for s in said)
+
+
+def test_every_benchmark_case_is_right(device):
+    """One of each section, tiny: the inputs that are timed are inputs that the kernel gets right."""
+    cases = {case.section + case.name[-20:]: case for case in ref.cases(tiny=True) if "M=64" not in case.name}
+    assert [case.name for case in ref.cases(tiny=True)] == [case.name for case in ref.cases()]
+    tripping = next(case for case in cases.values() if "4 of 8 rows trip" in case.name)
+    for case in (tripping, *{case.section: case for case in cases.values()}.values()):
+        inputs = case.make(torch.Generator(device).manual_seed(0), device)
+        got = getattr(pp, case.op)(**inputs)
+        assert_matches(got, getattr(ref, case.reference or case.op), **inputs)
+        if case is tripping:
+            assert got[1].float().mean() == 0.5
+
+
+def test_recorded_times_become_a_table():
+    class Record:
+        def us(self, case, provider=None):
+            m = int(case.split("=")[1])
+            return {"gemv": 2.0 * m, "F.linear": 20.0}.get(provider or case.split()[0], 5.0 + 20 * (m > 32))
+
+    timer = ref.recorded_timer(Record())
+    flow = ref.Dataflow.profile(ref.LLAMA2_7B.values(), ref.MS, ["gemv", "flat_gemm", "F.linear"], timer, device="x")
+    assert all(row["switch"] == [4, 64] for row in flow.table.values())
+    Record.us = lambda self, case, provider=None: None
+    assert ref.recorded_timer(Record()) is None
