@@ -232,7 +232,7 @@ def _unified_merge_kernel(
 
 
 def unified_config(dtype: torch.dtype, head_dim: int, group: int) -> dict:
-    """As `split_config`, with twice the warps where l, low and high, a number a score each, would overflow registers."""
+    """As `split_config`, with twice the warps where l, low and high, a number a score, would not fit registers."""
     config = split_config(dtype, head_dim, group)
     return config | {"num_warps": 8} if config["BLOCK_H"] > 16 else config
 

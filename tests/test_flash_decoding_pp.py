@@ -142,7 +142,6 @@ def test_flat_gemm_cuts_k_where_n_is_small():
     assert [pp.flat_config(BF16, m, 4096, 4096)["BLOCK_M"] for m in (1, 8, 9, 33, 65)] == [8, 8, 16, 64, 64]
 
 
-@pytest.mark.parametrize("function", [pp.gemv, pp.flat_gemm, ref.gemv, ref.flat_gemm])
 PADDED = {pad: f"bfloat16, M=8 [4096, 4096], pad {pad}" for pad in (8, 16, 64)}
 
 
@@ -151,7 +150,7 @@ def test_padding_shows_in_the_instruction():
     cases = [case for case in ref.codegen_cases() if case.name in PADDED.values()]
     rows = {(row["target"], row["case"]): row["matrix"] for row in codegen.compiled(cases, ("sm_80", "sm_90"))}
     counts = {pad: rows["sm_80", name] for pad, name in PADDED.items()}
-    assert {pad: list(c) for pad, c in counts.items()} == dict.fromkeys(PADDED, ["HMMA.16816.F32.BF16"])
+    assert all(list(count) == ["HMMA.16816.F32.BF16"] for count in counts.values())
     assert [sum(counts[pad].values()) / sum(counts[8].values()) for pad in PADDED] == [1, 2, 8]
     hopper = {pad: list(rows["sm_90", name]) for pad, name in PADDED.items()}
     assert hopper[16] == ["HGMMA.64x16x16.F32.BF16"]
@@ -159,6 +158,7 @@ def test_padding_shows_in_the_instruction():
     assert hopper[8] in (["HMMA.16816.F32.BF16"], ["HGMMA.64x8x16.F32.BF16"])
 
 
+@pytest.mark.parametrize("function", [pp.gemv, pp.flat_gemm, ref.gemv, ref.flat_gemm])
 def test_bad_linear_is_named(function, device):
     x, w = torch.zeros(2, 8, device=device), torch.zeros(3, 8, device=device)
     for name, given in {
