@@ -1,0 +1,429 @@
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from labkit import batching as ref
+from labkit.batching import TOY, Request, Scheduler, simulate
+
+# ---- the scheduler
+
+
+class Witness:
+    """Believes nothing but the batches: replays them, and knows what a model would have computed."""
+
+    def __init__(self, requests, page_size, num_pages, max_batch, max_tokens):
+        self.requests = {request.id: request for request in requests}
+        self.page_size, self.num_pages, self.max_batch, self.max_tokens = page_size, num_pages, max_batch, max_tokens
+        self.computed, self.tokens, self.first = {}, Counter(), []  # keys in memory; tokens generated
+
+    def see(self, batch):
+        for id in batch.preempted:
+            assert self.computed.pop(id) > 0, "preempted without having anything"
+        ending = []
+        for id, start, n in batch.prefill:
+            assert n > 0
+            assert start == self.computed.get(id, 0), id
+            self.computed[id] = start + n
+            goal = self.requests[id].prompt_len + self.tokens[id]
+            assert start + n <= goal, "computes a token that does not exist yet"
+            ending += [id] * (start + n == goal)
+        assert batch.ending == ending
+        for id in batch.decode:
+            self.computed[id] += 1
+            assert self.computed[id] == self.requests[id].prompt_len + self.tokens[id], "a token fed twice or never"
+        for id in (*batch.decode, *ending):
+            self.first += [id] * (self.tokens[id] == 0)
+            self.tokens[id] += 1
+        rows = [id for id, *_ in batch.prefill] + batch.decode
+        assert len(set(rows)) == len(rows) <= self.max_batch
+        assert batch.num_tokens == len(batch.decode) + sum(n for *_, n in batch.prefill) <= self.max_tokens
+        assert batch.kv_tokens == sum(self.computed[id] for id in rows)
+        # what lies in memory while the step runs fits into it
+        assert sum(-(-n // self.page_size) for n in self.computed.values()) <= self.num_pages
+        for id in rows:
+            if self.tokens[id] == self.requests[id].output_len:
+                del self.computed[id]
+
+
+def random_requests(rng, count, longest):
+    """Some of them can never run."""
+    result = []
+    for i in range(count):
+        most = rng.randint(1, longest)
+        result.append(Request(i, rng.random() * 3, rng.randint(1, longest), most, rng.randint(1, most)))
+    return result
+
+
+COMBINATIONS = [(p, r) for p in ref.POLICIES for r in ("paged", "max", "pow2", "oracle")]
+
+
+@pytest.mark.parametrize("policy, reserve", COMBINATIONS)
+def test_no_token_lost_or_extra(policy, reserve):
+    """Random sizes, arrivals in any order, tiny pools, cancellations and early ends between any two steps."""
+    seen = Counter()
+    for seed in range(6):
+        rng = random.Random(f"{policy} {reserve} {seed}")
+        page_size, num_pages = rng.choice([(1, 50), (4, 13), (16, 3), (3, 17)])
+        max_batch, max_tokens = [(8, 64), (3, 20), (8, 33), (1, 64), (9, 5), (5, 48)][seed]
+        mixed = rng.choice([None, True, False])
+        todo = random_requests(rng, 30, 30)
+        witness = Witness(todo, page_size, num_pages, max_batch, max_tokens)
+        s = Scheduler(policy, num_pages, page_size, max_batch, max_tokens, reserve, mixed=mixed, watermark=0.05)
+        over, refused = {}, set()  # id -> tokens when it was cancelled or stopped
+        while todo or s.waiting or s.running:
+            for _ in range(min(len(todo), rng.choice([0, 0, 1, 5]))):
+                request = todo.pop()
+                if not s.add(request):
+                    refused.add(request.id)
+            batch = s.step()
+            s.check()
+            witness.see(batch)
+            assert batch or not s.waiting, "stuck"
+            live = [*s.waiting, *s.running]
+            if live and rng.random() < 0.05:
+                id = rng.choice(live)
+                assert s.cancel(id) if id % 2 else s.stop(id)
+                over[id] = witness.tokens[id]
+                witness.computed.pop(id, None)
+                assert not s.cancel(id)
+                assert not s.stop(id)
+                s.check()
+            seen["preempted"] += len(batch.preempted)
+        assert not s.step()
+        assert s.pages_used == 0
+        for id, request in witness.requests.items():
+            want = 0 if id in refused else over.get(id, request.output_len)
+            assert witness.tokens[id] == s.generated(id) == want, id
+            ends = {True: "refused", False: "finished"}[id in refused]
+            assert s.state(id) == ("cancelled" if id in over and id % 2 else ends)
+        assert sorted(s.finished) == sorted(id for id in witness.requests if s.state(id) == "finished")
+        seen["refused"] += len(refused)
+        seen["cancelled"] += len(over)
+    assert min(seen["refused"], seen["cancelled"]) > 0, seen
+    assert (seen["preempted"] > 0) == (reserve == "paged"), seen
+
+
+@pytest.mark.parametrize("policy, reserve", COMBINATIONS)
+def test_first_come_first_served(policy, reserve):
+    """First tokens come in the order of arrival, whatever is preempted: nobody starves."""
+    for seed in range(4):
+        requests = random_requests(random.Random(seed), 60, 20)
+        memory = dict(num_pages=12, page_size=4, max_batch=6, max_tokens=48, reserve=reserve)
+        trace = simulate(requests, policy, lambda batch: 0.1, **memory)
+        served = [r for r in sorted(requests, key=lambda r: r.arrival) if r.id not in trace.refused]
+        first = [trace.token_times[r.id][0] for r in served]
+        assert first == sorted(first)
+        assert {r.id: len(trace.token_times[r.id]) for r in served} == {r.id: r.output_len for r in served}
+        assert len(served) > 40
+
+
+def run(s, requests=()):
+    """All batches until nothing is left."""
+    for request in requests:
+        s.add(request)
+    batches = []
+    while batch := s.step():
+        batches.append(batch)
+    return batches
+
+
+def ids(batch):
+    return [id for id, *_ in batch.prefill], batch.decode
+
+
+LENGTHS = [Request("a", 0, 4, 1), Request("b", 0, 2, 4), Request("c", 0, 3, 2), Request("d", 0, 5, 2)]
+
+
+def test_static_runs_a_batch_to_its_end():
+    """b needs four steps; a's row is computed for nothing meanwhile, and c and d wait."""
+    batches = run(Scheduler("static", 99, 4, max_batch=2, max_tokens=99), LENGTHS)
+    assert [ids(b) for b in batches] == [
+        (["a", "b"], []), ([], ["b"]), ([], ["b"]), ([], ["b"]), (["c", "d"], []), ([], ["c", "d"]),
+    ]  # fmt: skip
+    assert [b.padding for b in batches] == [2, 1, 1, 1, 2, 0]
+
+
+def test_static_forms_its_batch_in_several_steps():
+    batches = run(Scheduler("static", 99, 4, max_batch=3, max_tokens=6), LENGTHS)
+    assert [ids(b) for b in batches][:3] == [(["a", "b"], []), (["c"], []), ([], ["b", "c"])]
+
+
+def test_dynamic_waits_for_the_window():
+    s = Scheduler("dynamic", 99, 4, max_batch=2, max_tokens=99, window=0.5)
+    s.add(Request("a", 1.0, 4, 1))
+    assert not s.step(1.2)
+    assert s.wake == 1.5
+    assert ids(s.step(1.5)) == (["a"], [])  # the window is over
+    s.add(Request("b", 2.0, 4, 1))
+    s.add(Request("c", 2.1, 4, 1))
+    assert ids(s.step(2.1)) == (["b", "c"], [])  # full
+    s.add(Request("d", 3.0, 4, 1))
+    assert ids(s.step()) == (["d"], [])  # without a clock there is nothing to wait for
+    trace = simulate([Request(0, 1.0, 4, 2)], "dynamic", lambda b: 1.0, num_pages=9, page_size=4, max_batch=2,
+                     max_tokens=9, window=0.25)  # fmt: skip
+    assert trace.token_times == {0: [2.25, 3.25]}
+    assert trace.makespan == 3.25
+
+
+def test_continuous_takes_the_free_place_at_once():
+    mixed = run(Scheduler("continuous", 99, 4, max_batch=2, max_tokens=99, reserve="max"), LENGTHS)
+    assert [ids(b) for b in mixed] == [
+        (["a", "b"], []), (["c"], ["b"]), ([], ["b", "c"]), (["d"], ["b"]), ([], ["d"]),
+    ]  # fmt: skip
+    alone = run(Scheduler("continuous", 99, 4, max_batch=2, max_tokens=99), LENGTHS)
+    assert [ids(b) for b in alone] == [
+        (["a", "b"], []), (["c"], []), ([], ["b", "c"]), (["d"], []), ([], ["b", "d"]), ([], ["b"]),
+    ]  # fmt: skip
+    assert all(b.padding == 0 for b in mixed + alone)
+
+
+def test_chunked_is_sarathis_algorithm_3():
+    """Decodes first, then the unfinished prompt, then a new one, all within 5 tokens a step."""
+    batches = run(Scheduler("chunked", 99, 4, max_batch=4, max_tokens=5), [Request("a", 0, 3, 9), Request("b", 0, 7, 2), Request("c", 0, 2, 1)])  # fmt: skip
+    assert [(b.prefill, b.decode) for b in batches][:4] == [
+        ([("a", 0, 3), ("b", 0, 2)], []),
+        ([("b", 2, 4)], ["a"]),
+        ([("b", 6, 1), ("c", 0, 2)], ["a"]),
+        ([], ["a", "b"]),
+    ]
+    assert [b.ending for b in batches][:4] == [["a"], [], ["b", "c"], []]
+
+
+def test_preemption_takes_the_newest_and_keeps_its_tokens():
+    """Two requests of 4 + 8 tokens in 5 pages of 4: when both need a third page, b goes, and comes back with 9."""
+    s = Scheduler("continuous", 5, 4, max_batch=2, max_tokens=99, watermark=0)
+    batches = run(s, [Request("a", 0, 4, 8), Request("b", 0, 4, 8)])
+    preempting = next(i for i, b in enumerate(batches) if b.preempted)
+    assert batches[preempting].preempted == ["b"]
+    assert batches[preempting].decode == ["a"]
+    assert s.preemptions("b") == 1
+    assert s.preemptions("a") == 0
+    again = [b.prefill for b in batches[preempting:] if b.prefill]
+    assert again == [[("b", 0, 4 + 5)]]  # its prompt and the five tokens that it had
+    assert Counter(id for b in batches for id in (*b.decode, *b.ending)) == {"a": 8, "b": 8}
+
+
+def test_a_preempted_request_may_outgrow_a_step():
+    """12 tokens a step; after preemption 16 have to be computed again, which takes two steps of prefill."""
+    s = Scheduler("continuous", 10, 3, max_batch=2, max_tokens=12, watermark=0)
+    batches = run(s, [Request("a", 0, 8, 20), Request("b", 0, 8, 20)])
+    assert max(b.num_tokens for b in batches) <= 12
+    assert any(start > 0 for b in batches for _, start, _ in b.prefill)
+    assert Counter(id for b in batches for id in (*b.decode, *b.ending)) == {"a": 20, "b": 20}
+
+
+def test_watermark_leaves_pages_free():
+    """8 of 10 pages are asked for; with 30 % kept free the third request has to wait."""
+    for watermark, together in ((0.0, 2), (0.3, 1)):
+        s = Scheduler("continuous", 10, 4, max_batch=9, max_tokens=99, watermark=watermark)
+        for i in range(2):
+            s.add(Request(i, 0, 16, 4))
+        assert len(s.step().prefill) == together
+
+
+@pytest.mark.parametrize("reserve, pages", [("max", 5), ("pow2", 4), ("oracle", 3), ("paged", 2)])
+def test_reservations(reserve, pages):
+    """5 tokens of prompt, 5 of output where up to 13 were allowed; pages of 4."""
+    s = Scheduler("continuous", 50, 4, max_batch=9, max_tokens=99, reserve=reserve)
+    s.add(Request(0, 0, 5, 13, 5))
+    s.step()
+    assert s.pages_used == pages
+    if reserve == "max":
+        s = Scheduler("continuous", 50, 4, max_batch=9, max_tokens=99, reserve=reserve, max_len=64)
+        s.add(Request(0, 0, 5, 13, 5))
+        s.step()
+        assert s.pages_used == 16
+
+
+def test_too_long_is_refused_and_blocks_nobody():
+    s = Scheduler("continuous", 8, 4, max_batch=4, max_tokens=20, watermark=0.25)
+    assert not s.add(Request("prompt", 0, 21, 1))  # no step can hold it
+    assert not s.add(Request("memory", 0, 10, 16))  # 25 tokens are kept, and 6 of 8 pages may be had
+    assert s.add(Request("just", 0, 10, 15))
+    assert s.add(Request("next", 0, 4, 2))
+    assert s.state("prompt") == s.state("memory") == "refused"
+    assert not s.cancel("memory")
+    run(s)
+    assert s.finished == ["next", "just"]
+    assert Scheduler("chunked", 99, 4, max_batch=4, max_tokens=20).add(Request(0, 0, 21, 1))
+    assert not Scheduler("chunked", 99, 4, max_batch=4, max_tokens=20, max_len=30).add(Request(0, 0, 21, 10))
+
+
+def test_cancel_frees_pages_at_once():
+    s = Scheduler("chunked", 10, 4, max_batch=4, max_tokens=10)
+    for request in (Request("a", 0, 8, 9), Request("b", 0, 8, 9), Request("c", 0, 8, 9)):
+        s.add(request)
+    s.step()
+    assert s.pages_used == 4
+    assert list(s.waiting) == ["c"]
+    assert s.cancel("c")
+    assert s.pages_used == 4
+    assert s.cancel("b")
+    assert s.pages_used == 2
+    assert s.state("b") == "cancelled"
+    assert [id for b in run(s) for id in b.decode] == ["a"] * 8
+    assert s.finished == ["a"]
+
+
+def test_prefixes_are_found_with_token_ids():
+    """The second request begins like the first: its full pages are not computed again."""
+    tokens = {"a": list(range(10)), "b": [*range(9), 99, 98]}
+    s = Scheduler("chunked", 20, 4, max_batch=4, max_tokens=16, tokens=tokens.__getitem__)
+    s.add(Request("a", 0, 10, 3))
+    assert s.step().prefill == [("a", 0, 10)]
+    tokens["a"].append(7)
+    s.add(Request("b", 0, 11, 2))
+    batch = s.step()
+    assert batch.prefill == [("b", 8, 3)]
+    assert batch.decode == ["a"]
+    assert s.pool.table("a")[:2] == s.pool.table("b")[:2]
+    s.check()
+    with pytest.raises(ValueError, match=r"^tokens: got .* expected "):
+        Scheduler("chunked", 20, 4, 4, 16, reserve="max", tokens=tokens.__getitem__)
+
+
+BAD_REQUESTS = {
+    "id": dict(id=[1]), "arrival": dict(arrival=-1.0), "prompt_len": dict(prompt_len=0),
+    "max_new_tokens": dict(max_new_tokens=2.5), "output_len": dict(output_len=9),
+}  # fmt: skip
+BAD_SCHEDULERS = {
+    "policy": dict(policy="eager"), "num_pages": dict(num_pages=0), "page_size": dict(page_size=0),
+    "max_batch": dict(max_batch=True), "max_tokens": dict(max_tokens=-1), "reserve": dict(reserve="half"),
+    "watermark": dict(watermark=1.0), "window": dict(window=-1), "max_len": dict(max_len=0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+def test_bad_request_is_named(name):
+    with pytest.raises(ValueError, match=f"^{name}: got .* expected "):
+        Request(**dict(id=0, arrival=0.0, prompt_len=4, max_new_tokens=8) | BAD_REQUESTS[name])
+
+
+@pytest.mark.parametrize("name", BAD_SCHEDULERS)
+def test_bad_setting_is_named(name):
+    good = dict(policy="chunked", num_pages=9, page_size=4, max_batch=2, max_tokens=8)
+    with pytest.raises(ValueError, match=f"^{name}: got .* expected "):
+        Scheduler(**good | BAD_SCHEDULERS[name])
+
+
+def test_misuse_changes_nothing():
+    s = Scheduler("continuous", 9, 4, max_batch=2, max_tokens=99)
+    s.add(Request("a", 0, 4, 2))
+    for call, name in ((lambda: s.add(Request("a", 0, 4, 2)), "request"), (lambda: s.add("a"), "request"),
+                       (lambda: s.cancel("x"), "id"), (lambda: s.state([]), "id")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{name}: got .* expected "):
+            call()
+    s.check()
+    assert list(s.waiting) == ["a"]
+    assert len(run(s)) == 2
+
+
+def test_check_notices():
+    """What check() is for: each of these states is wrong."""
+    breaks = {
+        "pages": lambda s: s.pool.free("a"),
+        "counter": lambda s: setattr(s.running["a"], "generated", 3),
+        "queue": lambda s: s.waiting.update(a=s.running["a"]),
+        "order": lambda s: s.running.move_to_end("a"),
+        "lost": lambda s: s.running.pop("b"),
+    }
+    for broken in breaks.values():
+        s = Scheduler("continuous", 9, 4, max_batch=2, max_tokens=99)
+        s.add(Request("a", 0, 4, 5))
+        s.add(Request("b", 0, 4, 5))
+        s.step()
+        s.check()
+        broken(s)
+        with pytest.raises(RuntimeError, match="is broken"):
+            s.check()
+
+
+# ---- the simulation
+
+
+def test_trace_of_a_toy_case():
+    """Two requests, one second a step: every number by hand."""
+    requests = [Request("a", 0.0, 4, 2), Request("b", 0.5, 4, 3)]
+    trace = simulate(requests, "chunked", lambda batch: 1.0, num_pages=9, page_size=4, max_batch=2, max_tokens=4)
+    # step 1: a's prompt. 2: a's last token, three of b's prompt. 3: b's prompt ends. 4, 5: b
+    assert trace.token_times == {"a": [1.0, 2.0], "b": [3.0, 4.0, 5.0]}
+    assert [(start, seconds) for start, seconds, _ in trace.steps] == [(i, 1.0) for i in range(5)]
+    assert trace.steps[1][2].prefill == [("b", 0, 3)]
+    assert trace.steps[1][2].decode == ["a"]
+    assert trace.pages_used == [1, 3, 1, 2, 2]
+    assert trace.makespan == 5.0
+    assert trace.preemptions == {"a": 0, "b": 0}
+    assert trace.num_tokens == 5
+    assert trace.throughput == 1.0
+    assert trace.mean_batch() == 6 / 5
+    assert trace.ttft().tolist() == [1.0, 2.5]
+    assert trace.gaps().tolist() == [1.0, 1.0, 1.0]
+    assert trace.normalised_latency().tolist() == [1.0, 1.5]
+
+
+def test_costs():
+    batch = ref.Batch(prefill=[("a", 0, 6)], decode=["b", "c"], padding=2, kv_tokens=30)
+    assert ref.LinearCost(1.0, 0.1, 0.01)(batch) == pytest.approx(1 + 1.0 + 0.3)
+    roofline = ref.RooflineCost(num_params=10, kv_bytes=3, bandwidth=5, flops=20)
+    assert roofline(batch) == pytest.approx(max(20 / 5, 20 * 10 / 20) + 30 * 3 / 5)
+    true = ref.LinearCost(2e-3, 3e-5, 4e-7)
+    shapes = [(t, k) for t in (1, 8, 64) for k in (10, 1000)]
+    samples = [(t, k, true.fixed + true.per_token * t + true.per_kv_token * k) for t, k in shapes]
+    got = ref.fit_cost(samples)
+    assert np.allclose([got.fixed, got.per_token, got.per_kv_token], [2e-3, 3e-5, 4e-7])
+    flat = ref.fit_cost([(t, k, 1e-3 - 1e-7 * t) for t, k in shapes])  # falls with the tokens: no negative price
+    assert flat.per_token == 0
+    assert flat.fixed == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_workloads_follow_their_sources():
+    for cap in (32, 128, 512, 1536):
+        requests = ref.anyscale(cap)
+        outputs = np.array([r.output_len for r in requests])
+        assert len(requests) == 1000
+        assert outputs.min() >= 1
+        assert outputs.max() <= cap
+        assert {(r.arrival, r.prompt_len, r.max_new_tokens) for r in requests} == {(0.0, 512, cap)}
+        x = np.arange(1, cap + 1)
+        p = np.exp(-(x - 1) / 128) - np.exp(-x / 128)  # of ceil(exponential), then cut and normalised
+        assert abs(outputs.mean() - (p * x).sum() / p.sum()) < 4 * outputs.std() / 1000**0.5
+    requests = ref.orca(5.0, 4000)
+    prompts, outputs = (np.array([getattr(r, name) for r in requests]) for name in ("prompt_len", "output_len"))
+    assert (prompts.min(), prompts.max(), outputs.min(), outputs.max()) == (32, 512, 1, 128)
+    assert np.mean(np.diff([r.arrival for r in requests])) == pytest.approx(0.2, rel=0.06)
+    assert np.median([r.prompt_len for r in ref.long_prompts(1.0, 2000)]) == pytest.approx(1730, rel=0.1)
+
+
+def test_better_policies_are_better():
+    """The order that the literature reports, on Anyscale's workload: scheduling, then memory."""
+    requests, memory = ref.anyscale(512, 150), dict(num_pages=981, page_size=16, max_tokens=4096)
+    rates = [
+        simulate(requests, policy, TOY, **memory, **options).throughput
+        for policy, options in (
+            ("static", dict(max_batch=8, reserve="max")),
+            ("continuous", dict(max_batch=8, reserve="max")),
+            ("continuous", dict(max_batch=256)),
+        )
+    ]
+    assert rates[1] > 1.5 * rates[0]
+    assert rates[2] > 1.5 * rates[1]
+
+
+def test_chunks_cure_the_stall():
+    requests = ref.long_prompts(2.0, 40)
+    memory = dict(num_pages=4096, page_size=16, max_batch=64)
+    stall = simulate(requests, "continuous", TOY, max_tokens=8192, **memory).gaps()
+    cure = simulate(requests, "chunked", TOY, max_tokens=256, **memory).gaps()
+    assert np.percentile(stall, 99) > 2 * np.percentile(cure, 99)
+    assert cure.max() <= TOY(ref.Batch(decode=range(256))) + 1e-9
+
+
+def test_bad_simulation_is_named():
+    requests, memory = [Request(0, 0, 4, 4)], dict(num_pages=9, page_size=4, max_batch=2, max_tokens=8)
+    with pytest.raises(ValueError, match=r"^cost_model: got .* expected "):
+        simulate(requests, "static", lambda batch: 0.0, **memory)
+    with pytest.raises(ValueError, match=r"^requests: got .* expected "):
+        simulate(requests * 2, "static", TOY, **memory)
+    assert simulate([], "static", TOY, **memory).summary()["tokens/s"] == 0
