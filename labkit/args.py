@@ -184,3 +184,23 @@ def write_kv(k, v, k_pages, v_pages, slots, dtypes=FLOATS) -> None:
     if slots.numel() and checks_values(slots):
         top = int(slots.max())  # a negative one is skipped
         expect(top < num_pages * page_size, "slots", f"values up to {top}", f"below {num_pages * page_size}")
+
+
+def ragged(q, k_pages, v_pages, block_table, q_starts, kv_lens, dtypes=FLOATS) -> tuple[int, int, int, int, int]:
+    """Check the arguments of `ragged_attention`: q [N, Hq, D]; k_pages, v_pages [P, page_size, Hkv, D];
+    block_table [B, max_pages], q_starts [B + 1] and kv_lens [B], int32. Returns (B, Hq, Hkv, max_pages, D).
+    """
+    tensor("q", q, ("tokens", "num_q_heads", "head_dim"), dtypes=dtypes)
+    num_tokens, num_q_heads, dim = q.shape
+    head_dim("q", dim)
+    num_pages, page_size, num_kv_heads, _ = pages(k_pages, v_pages, q, dim)
+    heads(num_q_heads, num_kv_heads)
+    tensor("q_starts", q_starts, ("batch + 1",), like=q, dtype=torch.int32)
+    batch = len(q_starts) - 1
+    expect(batch >= 0, "q_starts (shape)", (0,), "at least one number")
+    max_pages = page_table(block_table, kv_lens, batch, num_pages, page_size, q)
+    if checks_values(q_starts):
+        starts = q_starts.tolist()
+        ok = starts[0] == 0 and starts == sorted(starts) and starts[-1] == num_tokens
+        expect(ok, "q_starts", starts, f"0, rising, up to {num_tokens}")
+    return batch, num_q_heads, num_kv_heads, max_pages, dim

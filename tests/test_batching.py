@@ -1,11 +1,15 @@
+import itertools
 import random
 from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
+import kernels.batching as ops
 from labkit import batching as ref
 from labkit.batching import TOY, Request, Scheduler, simulate
+from labkit.check import BF16, F16, F32, assert_matches
 
 # ---- the scheduler
 
@@ -427,3 +431,140 @@ def test_bad_simulation_is_named():
     with pytest.raises(ValueError, match=r"^requests: got .* expected "):
         simulate(requests * 2, "static", TOY, **memory)
     assert simulate([], "static", TOY, **memory).summary()["tokens/s"] == 0
+
+
+# ---- attention over a ragged batch
+
+case = ref.RaggedCase
+# Every chunk is (queries, keys): a decode is (1, n), a whole prompt (n, n), a later chunk in between.
+CASES = [
+    case("prompts and decodes", [(17, 17), (1, 70), (33, 90), (1, 1)], dtype=BF16),
+    case("decodes only", [(1, 130), (1, 1), (1, 64)], dtype=F16),
+    case("one query", [(1, 1)], dtype=F32),
+    case("one whole prompt", [(129, 129)], dtype=BF16, page_size=32),
+    case("edges of a tile", [(127, 127), (128, 128)], dtype=F16, num_q_heads=1, num_kv_heads=1),
+    case("chunks of 0, first, between and last", [(0, 40), (5, 9), (0, 0), (0, 3), (64, 65), (0, 20)], dtype=F32),
+    case("nothing but empty chunks", [(0, 7), (0, 0)], dtype=F32),
+    case("no batch", [], dtype=F32),
+    case("as many queries as sequences, not one each", [(3, 50), (0, 9), (1, 20), (0, 4)], dtype=BF16),
+    case("more queries than keys", [(9, 4), (3, 0), (20, 33)], dtype=F32),
+    case("page 1", [(7, 30), (1, 33)], dtype=BF16, page_size=1),
+    case("page 3", [(31, 50), (1, 10)], dtype=F32, page_size=3),
+    case("page 256", [(65, 300), (2, 256), (1, 257)], dtype=F16, page_size=256),
+    case("page 100, MQA, group 8", [(30, 130), (1, 99)], dtype=BF16, page_size=100, num_q_heads=8, num_kv_heads=1),
+    case("group 6, not a power of two", [(23, 40), (1, 41)], dtype=BF16, num_q_heads=12),
+    case("group 6, decodes only", [(1, 40), (1, 41)], dtype=F16, num_q_heads=12),
+    case("group 64", [(3, 20), (1, 33)], dtype=F16, num_q_heads=64, num_kv_heads=1),
+    case("MHA", [(40, 70), (1, 20)], dtype=F16, num_kv_heads=4),
+    case("head_dim 80", [(20, 66), (1, 5)], dtype=F16, head_dim=80),
+    case("head_dim 96", [(20, 66), (1, 5)], dtype=BF16, head_dim=96),
+    case("head_dim 128", [(70, 140), (1, 50)], dtype=BF16, head_dim=128),
+    case("head_dim 256", [(18, 40), (1, 33)], dtype=F32, head_dim=256),
+    case("head_dim 32, small model", [(40, 60), (1, 7)], dtype=F32, head_dim=32, num_q_heads=8, num_kv_heads=8),
+    case("strided fp32", [(20, 66), (1, 5)], dtype=F32, strided=True),
+    case("strided bf16", [(20, 66), (1, 5)], dtype=BF16, strided=True),
+    case("other scale", [(20, 66), (1, 5)], dtype=F32, sm_scale=0.5),
+    case("large scores", [(20, 66), (1, 5)], dtype=BF16, sm_scale=4.0),
+    case("many sequences", [(i % 4, i % 7 + 3) for i in range(23)], dtype=F32, num_q_heads=2, num_kv_heads=1),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_ragged(case, device, monkeypatch):
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **kw: empty_like(*a, **kw).fill_(float("nan")))
+    tensors = case.tensors(device)
+    got = ops.ragged_attention(*tensors, sm_scale=case.sm_scale)
+    assert_matches(got, ref.ragged_attention, *tensors, sm_scale=case.sm_scale)
+
+
+def test_reference_is_torchs_attention():
+    """One sequence at a time, through torch's own attention on the contiguous keys that the pages were cut from."""
+    case = ref.RaggedCase("", [(5, 9), (1, 20), (4, 4)], dtype=F32, num_q_heads=6)
+    q, k_pages, v_pages, table, q_starts, kv_lens = case.tensors()
+    got, starts = ref.ragged_attention(q, k_pages, v_pages, table, q_starts, kv_lens), q_starts.tolist()
+    for b, (start, end) in enumerate(itertools.pairwise(starts)):
+        n, rows = int(kv_lens[b]), end - start
+        slots = [int(table[b, i // 16]) * 16 + i % 16 for i in range(n)]
+        k, v = (x.reshape(-1, 2, 64)[slots].transpose(0, 1)[None] for x in (k_pages, v_pages))  # [1, Hkv, n, D]
+        keep = torch.ones(rows, n, dtype=torch.bool).tril(n - rows)
+        want = torch.nn.functional.scaled_dot_product_attention(
+            q[start:end].transpose(0, 1)[None], k, v, attn_mask=keep, enable_gqa=True
+        )
+        torch.testing.assert_close(got[start:end], want[0].transpose(0, 1))
+
+
+def test_what_lies_in_other_pages_does_not_matter(device):
+    """Pages of nobody are NaN already; here the table's unused entries point to pages that do not exist."""
+    q, k_pages, v_pages, table, q_starts, kv_lens = ref.RaggedCase("", [(5, 9), (1, 20)], dtype=F32).tensors(device)
+    wide = torch.cat([table, torch.full_like(table, 2**30)], 1)
+    got = ops.ragged_attention(q, k_pages, v_pages, wide, q_starts, kv_lens)
+    assert torch.equal(got, ops.ragged_attention(q, k_pages, v_pages, table, q_starts, kv_lens))
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+GOOD = dict(
+    q=torch.zeros(4, 4, 64), k_pages=torch.zeros(3, 16, 2, 64), v_pages=torch.zeros(3, 16, 2, 64),
+    block_table=ints(0, 1, 2, -1).reshape(2, 2), q_starts=ints(0, 3, 4), kv_lens=ints(20, 16),
+)  # fmt: skip
+BAD = {
+    "q: two dimensions": ("q", torch.zeros(4, 64)),
+    "q: heads do not divide": ("q", torch.zeros(4, 5, 64)),
+    "k_pages: other head_dim": ("k_pages", torch.zeros(3, 16, 2, 32)),
+    "v_pages: other dtype": ("v_pages", torch.zeros(3, 16, 2, 64, dtype=F16)),
+    "block_table: int64": ("block_table", torch.zeros(2, 2, dtype=torch.int64)),
+    "block_table: no such page": ("block_table", ints(0, 3, 2, -1).reshape(2, 2)),
+    "block_table: other batch": ("block_table", ints(0, 1).reshape(1, 2)),
+    "kv_lens: too long": ("kv_lens", ints(20, 33)),
+    "q_starts: int64": ("q_starts", torch.tensor([0, 3, 4])),
+    "q_starts: nothing": ("q_starts", ints()),
+    "q_starts: falls": ("q_starts", ints(0, 5, 4)),
+    "q_starts: begins late": ("q_starts", ints(1, 3, 4)),
+    "q_starts: ends early": ("q_starts", ints(0, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("function", [ops.ragged_attention, ref.ragged_attention], ids=["kernel", "reference"])
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_named(what, function, device, monkeypatch):
+    monkeypatch.setenv("LAB_CHECK", "1")
+    name, value = BAD[what]
+    with pytest.raises(ValueError, match=rf"^{name}\b.*got .* expected "):
+        function(**{key: x.to(device) for key, x in (GOOD | {name: value}).items()})
+
+
+PLANTED_BUGS = [
+    ("labkit/scheduler.py", "run.computed = run.room = 0\n        run.preemptions", "run.computed = run.room = run.generated = 0\n        run.preemptions"),
+    ("labkit/scheduler.py", "target = run.request.prompt_len + run.generated\n        need", "target = run.request.prompt_len\n        need"),
+    ("labkit/scheduler.py", "self.waiting.move_to_end(run.id, last=False)", "pass"),
+    ("labkit/scheduler.py", "if batch.preempted:  # do not", "if False:  # do not"),
+    ("labkit/scheduler.py", "victim = next(reversed(self.running.values()))", "victim = next(iter(self.running.values()))"),
+    ("labkit/scheduler.py", "self.max_batch - len(self.running) - len(self._leaving)", "self.max_batch - len(self.running)"),
+    ("labkit/scheduler.py", "if run.computed == run.target:\n                run.generated += 1", "if run.computed == run.target:\n                run.generated += 0"),
+    ("labkit/scheduler.py", "if run.computed < run.target:\n                continue", "if run.computed < 0:\n                continue"),
+    ("labkit/scheduler.py", "if run.computed == run.room and not", "if run.computed > run.room and not"),
+    ("labkit/scheduler.py", "if len(decode) == left:", "if len(decode) == left + 1:"),
+    ("labkit/scheduler.py", "            self.pool.free(run.id)\n            del self.running[run.id]\n        else", "            del self.running[run.id]\n        else"),
+    ("labkit/scheduler.py", "need = self._reservation(request) or longest - 1", "need = request.prompt_len"),
+    ("labkit/scheduler.py", "self._leaving.append(run)", "self.pool.free(run.id)"),
+    ("labkit/scheduler.py", "s.forming, batch.padding = False, s.rows - len(s.running)", "batch.padding = s.rows - len(s.running)"),
+    ("labkit/scheduler.py", "or now >= s.wake", "or now > s.wake"),
+    ("labkit/scheduler.py", "(1 << (request.output_len - 1).bit_length())", "(1 << request.output_len.bit_length())"),
+    ("labkit/simulate.py", "waking = scheduler.wake if scheduler.wake > clock else math.inf", "waking = math.inf"),
+    ("labkit/simulate.py", "drawn[drawn <= cap]", "drawn.clip(1, cap)"),
+    ("labkit/simulate.py", "for id in batch.ending:", "for id, *_ in batch.prefill:"),
+    ("kernels/batching.py", "first = tl.load(q_starts_ptr + middle) // BLOCK_Q + middle", "first = tl.load(q_starts_ptr + middle) // BLOCK_Q"),
+    ("kernels/batching.py", "key[None, :] <= position[:, None]", "key[None, :] < position[:, None]"),
+    ("kernels/batching.py", "position = query + kv_len - q_len", "position = query"),
+    ("kernels/batching.py", "tl.minimum(tile * BLOCK_Q + BLOCK_Q, q_len)", "tl.minimum(tile * BLOCK_Q, q_len)"),
+    ("kernels/batching.py", "tl.maximum(last, 0)", "kv_len // BLOCK_N * BLOCK_N + BLOCK_N"),
+    ("kernels/batching.py", "(offs_m % GROUP < group)", "(offs_m % GROUP < GROUP)"),
+    ("kernels/batching.py", "head = pid_h * group + offs_m % GROUP", "head = pid_h * GROUP + offs_m % GROUP"),
+    ("kernels/batching.py", "rows = (q_start + query)", "rows = query"),
+    ("kernels/batching.py", "offset = page.to(tl.int64), key % PAGE_SIZE", "offset = page.to(tl.int64), offs_n % PAGE_SIZE"),
+    ("kernels/batching.py", "// config[\"BLOCK_Q\"] + batch, num_kv_heads)", "// config[\"BLOCK_Q\"] + 1, num_kv_heads)"),
+    ("labkit/args.py", "starts == sorted(starts) and", ""),
+]

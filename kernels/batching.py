@@ -1,0 +1,135 @@
+"""Attention of one step over a ragged batch: chunks of prompts and decodes in one launch, over keys in pages.
+
+Padded to the longest chunk, a step of one prompt of 512 tokens and 63 decodes is 64 x 512 rows, of which 575 are real.
+Here the queries of all sequences lie one after the other. A program owns a tile of queries of one sequence, times the
+query heads that share a KV head, and finds out by itself which sequence that is.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels._tile import LOG2E, attend_tile, cast, finish
+from kernels.attention import attention_config
+from kernels.flash_decoding import split_config
+from kernels.paged_attention import _pages_of_tile
+from labkit import args
+
+
+@triton.jit
+def _find_sequence(q_starts_ptr, tile, batch, steps, BLOCK_Q: tl.constexpr):
+    """Which sequence the tile belongs to, and which of its tiles it is.
+
+    Sequence b gets the tiles from q_starts[b] // BLOCK_Q + b on. That leaves room for every partial tile, grows with b,
+    and needs no table: the sequence is found by halving [low, high) `steps` times. A tile that is left over comes
+    after the last query of its sequence.
+    """
+    low, high = 0, batch
+    for _ in range(steps):
+        middle = (low + high) // 2
+        first = tl.load(q_starts_ptr + middle) // BLOCK_Q + middle
+        low = tl.where(first <= tile, middle, low)
+        high = tl.where(first <= tile, high, middle)
+    return low, tile - (tl.load(q_starts_ptr + low) // BLOCK_Q + low)
+
+
+@triton.jit
+def _ragged_kernel(
+    q_ptr, stride_qt, stride_qh, stride_qd,  # [N, Hq, D]
+    k_ptr, stride_kp, stride_kn, stride_kh, stride_kd,  # [P, page_size, Hkv, D]
+    v_ptr, stride_vp, stride_vn, stride_vh, stride_vd,  # [P, page_size, Hkv, D]
+    table_ptr, stride_tb, stride_tp,  # [B, max_pages]
+    q_starts_ptr, kv_lens_ptr,  # [B + 1], [B]
+    o_ptr, stride_ot, stride_oh, stride_od,  # [N, Hq, D] out
+    num_tokens, batch, steps, num_pages, max_kv_len, group, qk_scale,
+    PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    pid_h = tl.program_id(1).to(tl.int64)
+    pid_b, tile = _find_sequence(q_starts_ptr, tl.program_id(0), batch, steps, BLOCK_Q)
+    q_start = tl.load(q_starts_ptr + pid_b)
+    q_len = tl.minimum(tl.load(q_starts_ptr + pid_b + 1), num_tokens) - q_start
+    if tile * BLOCK_Q < q_len:
+        kv_len = tl.minimum(tl.maximum(tl.load(kv_lens_ptr + pid_b), 0), max_kv_len)
+        # Rows of the tile: BLOCK_Q queries times the heads of a group, GROUP being the next power of two.
+        offs_m = tl.arange(0, BLOCK_Q * GROUP)
+        offs_n = tl.arange(0, BLOCK_N)
+        offs_d = tl.arange(0, BLOCK_D)
+        query = tile * BLOCK_Q + offs_m // GROUP
+        head = pid_h * group + offs_m % GROUP
+        mask_d = offs_d < HEAD_DIM
+        mask_q = ((query < q_len) & (offs_m % GROUP < group))[:, None] & mask_d[None, :]
+        rows = (q_start + query).to(tl.int64)[:, None]
+        q_ptrs = q_ptr + rows * stride_qt + head[:, None] * stride_qh + offs_d[None, :] * stride_qd
+        q = tl.load(q_ptrs, mask=mask_q, other=0.0)
+
+        position = query + kv_len - q_len  # bottom-right: the last query sits on the last key
+        last = tl.minimum(tile * BLOCK_Q + BLOCK_Q, q_len) + kv_len - q_len
+        end = tl.maximum(last, 0)  # no query of this tile sees a key from here on
+        table_ptr += pid_b.to(tl.int64) * stride_tb
+        k_ptrs = k_ptr + pid_h * stride_kh + offs_d[None, :] * stride_kd
+        v_ptrs = v_ptr + pid_h * stride_vh + offs_d[None, :] * stride_vd
+        m = tl.full([BLOCK_Q * GROUP], float("-inf"), tl.float32)
+        l = tl.zeros([BLOCK_Q * GROUP], tl.float32)
+        acc = tl.zeros([BLOCK_Q * GROUP, BLOCK_D], tl.float32)
+        next_page = _pages_of_tile(table_ptr, stride_tp, 0, end, PAGE_SIZE, BLOCK_N)
+        for first in range(0, end, BLOCK_N):
+            page = next_page
+            next_page = _pages_of_tile(table_ptr, stride_tp, first + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
+            key = first + offs_n
+            mask_n = (key < end) & (page >= 0) & (page < num_pages)
+            mask_kv = mask_n[:, None] & mask_d[None, :]
+            page, offset = page.to(tl.int64), key % PAGE_SIZE  # a cache may hold more than 2^31 elements
+            k = tl.load(k_ptrs + (page * stride_kp + offset * stride_kn)[:, None], mask=mask_kv, other=0.0)
+            v = tl.load(v_ptrs + (page * stride_vp + offset * stride_vn)[:, None], mask=mask_kv, other=0.0)
+            keep = mask_n[None, :] & (key[None, :] <= position[:, None])
+            m, l, acc = attend_tile(q, k, v, keep, m, l, acc, qk_scale, True)
+        o, _ = finish(m, l, acc)
+        o_ptrs = o_ptr + rows * stride_ot + head[:, None] * stride_oh + offs_d[None, :] * stride_od
+        tl.store(o_ptrs, cast(o, o_ptr.dtype.element_ty), mask=mask_q)
+
+
+def ragged_config(dtype: torch.dtype, head_dim: int, group: int, only_decodes: bool) -> dict:
+    """Tile sizes and launch options: those of prefill, or of decoding if no chunk is longer than one token."""
+    if only_decodes:
+        config = split_config(dtype, head_dim, group)
+        rows = config.pop("BLOCK_H")
+    else:
+        config = attention_config(dtype, head_dim)
+        rows = config.pop("BLOCK_M")
+    group = triton.next_power_of_2(group)
+    return config | {"GROUP": group, "BLOCK_Q": max(1, rows // group)}
+
+
+def ragged_attention(q, k_pages, v_pages, block_table, q_starts, kv_lens, *, sm_scale=None):
+    """Causal attention of chunks of different lengths, one a sequence, over keys and values that lie in pages.
+
+    q [N, Hq, D]: the queries of all sequences, one after the other; sequence b has those from q_starts[b] to
+    q_starts[b + 1], perhaps none. k_pages, v_pages [P, page_size, Hkv, D], Hq a multiple of Hkv; any strides; fp16,
+    bf16 or fp32; D up to 256; any page size. block_table [B, max_pages], q_starts [B + 1] and kv_lens [B] int32 on q's
+    device. kv_lens count the chunk, whose keys are in their pages already. The mask is aligned bottom-right: a
+    sequence's last query sits on its last key. A query that sees no key gets 0. sm_scale defaults to D ** -0.5.
+
+    Page ids beyond kv_len are never read. Within it an id must lie in [0, P), and q_starts must rise from 0 to N:
+    elsewhere it is an error on the CPU and under LAB_CHECK=1; where values are not looked at, a page that does not
+    exist is as if its tokens were absent.
+
+    Returns o [N, Hq, D] in q.dtype. Raises ValueError naming the argument. Source: selective batching (Yu et al., OSDI
+    2022, section 3.2) over pages (Kwon et al., SOSP 2023).
+    """
+    batch, num_q_heads, num_kv_heads, max_pages, head_dim = args.ragged(
+        q, k_pages, v_pages, block_table, q_starts, kv_lens
+    )
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if batch == 0 or o.numel() == 0:
+        return o
+    num_tokens, group, page_size = len(q), num_q_heads // num_kv_heads, k_pages.shape[1]
+    config = ragged_config(q.dtype, head_dim, group, only_decodes=num_tokens <= batch)
+    # No tile count is needed from the device: partial tiles are at most one a sequence.
+    _ragged_kernel[(num_tokens // config["BLOCK_Q"] + batch, num_kv_heads)](
+        q, *q.stride(), k_pages, *k_pages.stride(), v_pages, *v_pages.stride(), block_table, *block_table.stride(),
+        q_starts.contiguous(), kv_lens.contiguous(), o, *o.stride(),
+        num_tokens, batch, batch.bit_length(), len(k_pages), max_pages * page_size, group,
+        args.scale(sm_scale, head_dim) * LOG2E.value, PAGE_SIZE=page_size, HEAD_DIM=head_dim, **config,
+    )  # fmt: skip
+    return o
