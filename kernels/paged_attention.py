@@ -154,6 +154,9 @@ def paged_decoding(
         num_sms = device_properties()["multiprocessor_count"]
         num_splits = splits.choose(batch * num_kv_heads, num_sms, max_kv_len, head_dim)
     group = num_q_heads // num_kv_heads
+    config = split_config(q.dtype, head_dim, group)
+    if q.dtype == torch.float32:  # multiplied without the matrix unit: with fewer threads the tile spills
+        config["num_warps"] = 8
     if num_splits == 1:  # no partial results: write the output at once
         outputs = (o, o.stride(0), o.stride(1), 0, o.stride(2), lse, *lse.stride(), 0)
     else:
@@ -163,7 +166,7 @@ def paged_decoding(
         q, *q.stride(), k_pages, *k_pages.stride(), v_pages, *v_pages.stride(), block_table, *block_table.stride(),
         kv_lens.contiguous(), *outputs,
         num_pages, max_kv_len, num_splits, group, args.scale(sm_scale, head_dim) * LOG2E.value,
-        PAGE_SIZE=page_size, READ_AHEAD=read_ahead, HEAD_DIM=head_dim, **split_config(q.dtype, head_dim, group),
+        PAGE_SIZE=page_size, READ_AHEAD=read_ahead, HEAD_DIM=head_dim, **config,
     )  # fmt: skip
     if num_splits > 1:
         _launch_merge(part_o, part_lse, o, lse)
@@ -183,9 +186,9 @@ def write_kv(k, v, k_pages, v_pages, slots):
     if k.numel() == 0:
         return
     block_d = block_dim(head_dim)
-    block_h = min(triton.next_power_of_2(num_kv_heads), max(1, 2048 // block_d))  # 16 values a thread
+    block_h = min(triton.next_power_of_2(num_kv_heads), max(1, 1024 // block_d))  # 16 bytes a thread, or more
     _write_kv_kernel[(num_tokens, triton.cdiv(num_kv_heads, block_h))](
         k, *k.stride(), v, *v.stride(), k_pages, *k_pages.stride(), v_pages, *v_pages.stride(), slots.contiguous(),
         num_pages * page_size, num_kv_heads,
-        PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_H=block_h, num_warps=4,
+        PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_H=block_h, num_warps=2,
     )  # fmt: skip

@@ -240,10 +240,9 @@ def codegen_cases():
         tensors = dict(q=codegen.Tensor((4, 8 * group, head_dim), dtype), k_pages=pages, v_pages=pages)
         tensors["block_table"] = codegen.Tensor((4, 16), "int32", 1)
         tensors["kv_lens"] = codegen.Tensor((4,), "int32", 16 * page_size)
-        kernels = ("_paged_split_kernel",)
-        return codegen.Case(
-            "kernels.paged_attention:paged_decoding", name, tensors | {"num_splits": 4} | options, matrix=kernels
-        )
+        kernels, arguments = ("_paged_split_kernel",), tensors | {"num_splits": 4} | options
+        narrow = kernels if page_size % 64 else ()  # every row of a tile that spans pages reads a page id of 4 bytes
+        return codegen.Case("kernels.paged_attention:paged_decoding", name, arguments, matrix=kernels, narrow=narrow)
 
     kv, pages = codegen.Tensor((4, 8, 128), "bfloat16"), codegen.Tensor((64, 16, 8, 128), "bfloat16")
     new_tokens = dict(k=kv, v=kv, k_pages=pages, v_pages=pages, slots=codegen.Tensor((4,), "int64", [5, 6, -1, 70]))
