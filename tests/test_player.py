@@ -195,6 +195,10 @@ def test_in_a_browser(sample):
             tab.keyboard.press("Home")
             assert first.locator(".blue").count() == 1 + 1  # the cell being read, and the legend
             assert first.locator("td").nth(0).get_attribute("class") == "x blue"
+            assert first.locator("td").nth(3).text_content() == "3"  # empty in the frame that Python drew
+            tab.keyboard.press("ArrowRight")
+            assert first.locator("output").text_content() == "2 of 4"
+            tab.keyboard.press("Home")
             assert first.locator("[role=img]").get_attribute("aria-label") == "Key 0 is read."
             tab.emulate_media(media="print")
             tab.evaluate("window.dispatchEvent(new Event('beforeprint'))")
