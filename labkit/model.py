@@ -149,12 +149,13 @@ class Llama(nn.Module):
         if not torch.compiler.is_compiling():
             in_range("ids", ids, 0, self.config.vocab_size - 1)
         positions = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
+        attend = causal if attend is None else attend
         good = positions.shape in (ids.shape, ids.shape[1:])
         expect(good, "positions (shape)", list(positions.shape), f"{list(ids.shape)} or [{ids.shape[1]}]")
         cos, sin = self.angles(positions)
         x = self.embed_tokens(ids)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, partial(attend or causal, i))
+            x = layer(x, cos, sin, partial(attend, i))
         return self.norm(x)
 
     def forward(self, ids, positions=None, attend=None):

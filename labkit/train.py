@@ -31,7 +31,7 @@ PROMPT = "class Cache:\n    "
 @dataclass
 class Recipe:
     seed: int = 0
-    steps: int = 1100
+    steps: int = 1450
     batch: int = 16  # chunks a step
     length: int = 256  # bytes a chunk
     warmup: int = 50

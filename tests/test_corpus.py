@@ -9,6 +9,18 @@ import torch
 
 from labkit import corpus
 
+PLANTED_BUGS = [
+    ("labkit/corpus.py", "np.append(np.frombuffer(texts[name], np.uint8).astype(np.int64), EOS)", "np.frombuffer(texts[name], np.uint8).astype(np.int64)"),
+    ("labkit/corpus.py", "{n: data for n, data in texts.items() if hashlib.sha256(data).hexdigest() == PINNED[split][n]}", "texts"),
+    ("labkit/corpus.py", "if name not in apart and", "if"),
+    ("labkit/corpus.py", "names = sorted(p.as_posix()", "names = list(p.as_posix()"),
+    ("labkit/corpus.py", "\"site-packages\", ", ""),
+    ("labkit/corpus.py", "\"encodings\"", "\"x\""),
+    ("labkit/corpus.py", "not absent, ", "True, "),
+    ("labkit/corpus.py", "i for i in ids if i < BOS", "i % 256 for i in ids"),
+    ("labkit/corpus.py", "rows[:, :-1]), dim=1", "rows[:, 1:]), dim=1"),
+]  # fmt: skip
+
 
 @pytest.mark.parametrize("split", ["train", "held_out", "calibration"])
 def test_read_is_the_files_in_order_each_with_eos(split):
@@ -19,7 +31,7 @@ def test_read_is_the_files_in_order_each_with_eos(split):
     assert len(ends) == len(texts)
     start = 0
     for end, data in zip(ends, texts):
-        assert bytes(ids[start:end].tolist()) == data
+        assert ids[start:end].numpy().astype(np.uint8).tobytes() == data
         start = end + 1
     assert start == len(ids)
 

@@ -31,6 +31,42 @@ VARIANTS = {
     "qwen3 biased": replace(SMALL, architecture="Qwen3ForCausalLM", qk_norm=True, qkv_bias=True, o_bias=True),
 }
 
+PLANTED_BUGS = [
+    ("labkit/model.py", "a * cos - b * sin, b * cos + a * sin", "a * cos + b * sin, b * cos - a * sin"),
+    ("labkit/model.py", "x.chunk(2, dim=-1)", "(x[..., ::2], x[..., 1::2])"),
+    ("labkit/model.py", "self.eps)).to(x.dtype)", "1e-6)).to(x.dtype)"),
+    ("labkit/model.py", "rotate(self.q_norm(q), cos, sin)", "self.q_norm(rotate(q, cos, sin))"),
+    ("labkit/model.py", "o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)", "o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.qkv_bias)"),
+    ("labkit/model.py", "F.silu(self.gate_proj(x)) * self.up_proj(x)", "self.gate_proj(x) * F.silu(self.up_proj(x))"),
+    ("labkit/model.py", "x + self.mlp(self.post_attention_layernorm(x))", "x + self.mlp(self.input_layernorm(x))"),
+    ("labkit/model.py", "self.inv_freq = rope_frequencies(config)", "self.register_buffer('inv_freq', rope_frequencies(config), persistent=False)"),
+    ("labkit/model.py", "positions.unsqueeze(-1).float() * self.inv_freq", "positions.flatten()[: positions.shape[-1], None].float() * self.inv_freq"),
+    ("labkit/model.py", "causal if attend is None else attend", "attend or causal"),
+    ("labkit/model.py", "if tied:\n            model.lm_head", "if False:\n            model.lm_head"),
+    ("labkit/model.py", "((turns - low) / (high - low)).clamp(0, 1)", "(turns > low).float()"),
+    ("labkit/model.py", "folder = Path(path or os.environ.get(\"LAB_MODEL\") or TEACHER)", "folder = Path(path or TEACHER)"),
+    ("labkit/model.py", "in_range(\"ids\", ids, 0, self.config.vocab_size - 1)", "in_range(\"ids\", ids, 0, self.config.vocab_size)"),
+    ("labkit/model.py", "is_causal=True", "is_causal=False"),
+    ("labkit/checkpoint.py", "expect(known, where,", "expect(True, where,"),
+    ("labkit/checkpoint.py", "expect(kind in FLOATS,", "expect(True,"),
+    ("labkit/checkpoint.py", "expect(shape == shapes[name],", "expect(len(shape) == len(shapes[name]),"),
+    ("labkit/checkpoint.py", "expect(not missing,", "expect(True,"),
+    ("labkit/checkpoint.py", "expect(not extra,", "expect(True,"),
+    ("labkit/checkpoint.py", "expect(not lost,", "expect(True,"),
+    ("labkit/checkpoint.py", "expect(same,", "expect(True,"),
+    ("labkit/checkpoint.py", "except SafetensorError", "except KeyError"),
+    ("labkit/checkpoint.py", "rope.get(\"rope_type\", rope.get(\"type\", \"default\"))", "rope.get(\"rope_type\", \"default\")"),
+    ("labkit/checkpoint.py", "settings.get(\"rope_scaling\") or settings.get(\"rope_parameters\") or {}", "settings.get(\"rope_scaling\") or {}"),
+    ("labkit/checkpoint.py", "settings.get(\"rope_theta\") or 10000.0", "10000.0"),
+    ("labkit/checkpoint.py", "\"head_dim\": 128", "\"head_dim\": 64"),
+    ("labkit/checkpoint.py", "if not (folder / shard).is_file():", "if False:"),
+    ("labkit/checkpoint.py", "\"/\" not in shard and ", ""),
+    ("labkit/checkpoint.py", "not isinstance(value, bool) and value > 0", "not isinstance(value, bool)"),
+    ("labkit/checkpoint.py", "if config.tie_word_embeddings:\n        del", "if False:\n        del"),
+    ("labkit/checkpoint.py", "expect(list(x.shape) == shapes[name],", "expect(True,"),
+    ("labkit/checkpoint.py", "            continue  # old exports", "            pass  # old exports"),
+]  # fmt: skip
+
 
 def random_model(config, seed=0):
     """Every weight random, norms and biases too, so that none can be left out unnoticed."""
@@ -166,6 +202,19 @@ def test_position_zero_rotates_nothing():
     unrotated = block.self_attn.k_proj(block.input_layernorm(model.embed_tokens(ids))).view(2, 5, 2, 16)
     assert torch.equal(seen[0], unrotated)
     torch.testing.assert_close(got, model(ids), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_cache_that_is_still_empty_is_a_cache():
+    """An attend that is false, e.g. an object whose len is 0, is not taken for None."""
+
+    class Empty(Contiguous):
+        def __len__(self):
+            return len(self.kv)
+
+    model, cache = random_model(SMALL), Empty()
+    model(random_ids(SMALL, 1, 3), attend=cache)
+    assert len(cache) == SMALL.num_hidden_layers
 
 
 def test_inv_freq_stays_fp32():
