@@ -1,7 +1,7 @@
 """Static, dynamic and continuous batching: the topic's names in one place, and attention over a ragged batch."""
 
-import itertools
 import functools
+import itertools
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,6 +15,7 @@ from labkit.attention import attention
 from labkit.check import randn
 from labkit.paged_attention import pad_tables, sequence_slots, to_pages
 from labkit.scheduler import POLICIES, Batch, Request, Scheduler  # noqa: F401
+from labkit.serving import experiments  # noqa: F401
 from labkit.simulate import (  # noqa: F401
     TOY,
     LinearCost,
@@ -128,7 +129,7 @@ PLAIN = "One step of Llama-3-8B of one kind, bf16, page 16"
 
 def padded_sdpa(q, k_pages, v_pages, block_table, q_starts, kv_lens):
     """What one does without a ragged kernel: keys gathered, queries padded to the longest chunk, a mask, SDPA."""
-    starts, (num_tokens, num_heads, head_dim) = q_starts.tolist(), q.shape
+    starts, (_, num_heads, head_dim) = q_starts.tolist(), q.shape
     q_lens, page_size = [end - start for start, end in pairwise(starts)], k_pages.shape[1]
     batch, longest, length = len(q_lens), max(q_lens), int(kv_lens.max())
     table = block_table[:, : -(-length // page_size)].clamp(min=0).long()

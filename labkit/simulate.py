@@ -209,7 +209,7 @@ def orca(rate, count=1000, *, seed=0) -> list[Request]:
     return [Request(i, float(t), int(p), int(n)) for i, (t, p, n) in enumerate(sizes)]
 
 
-def long_prompts(rate, count=300, *, median=1730, longest=8192, output=415, seed=0) -> list[Request]:
+def long_prompts(rate, count=300, *, median=1730, longest=6144, output=415, seed=0) -> list[Request]:
     """Long lognormal prompts and outputs, Poisson; medians as in Sarathi-Serve's openchat_sharegpt4 trace."""
     rng = np.random.default_rng(seed)
     prompts = rng.lognormal(math.log(median), 0.9, count).clip(16, longest)
