@@ -390,10 +390,11 @@ def flat_config(dtype: torch.dtype, m: int, n: int, k: int, pad: int | None = No
     """
     if pad is None:
         pad = min(64, max(_least_pad(), triton.next_power_of_2(m)))
-    # 64 rows of w are one wgmma. Three or four stages of 16 KB are on their way: the double buffer, and more.
-    block_n, block_k, num_stages = 64, 256 // dtype.itemsize, 4
-    if dtype == torch.float32:  # no matrix unit: registers are the limit
-        block_n, block_k, num_stages = 32, 32, 3
+    # 64 rows of w are one wgmma, and 256 bytes of each. fp32 has no matrix unit: registers are the limit there.
+    block_n, block_k = (32, 64) if dtype == torch.float32 else (64, 128)
+    # The double buffer, and more where shared memory has room.
+    room = device_properties()["max_shared_mem"] // ((block_n + pad) * block_k * dtype.itemsize)
+    num_stages = max(1, min(4, room))
     tiles = triton.cdiv(n, block_n) * triton.cdiv(m, pad)
     num_blocks = triton.cdiv(k, block_k)
     # Two programs an SM, unless a program would then have fewer than four blocks.

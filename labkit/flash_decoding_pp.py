@@ -516,7 +516,7 @@ def cpu_swapped(x, w):
 CPU_IMPLS = {"mv, token by token": cpu_token_by_token, "mm, w x^T": cpu_swapped, "F.linear": F.linear}
 
 
-def cpu_timer(impl, m, n, k, repeats=7):
+def cpu_timer(impl, m, n, k, repeats=5):
     """Median microseconds of processor time of impl(x [m, k], w [n, k]) in fp32, all threads together."""
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randn(rows, k, generator=generator) for rows in (m, n))
