@@ -2,7 +2,7 @@
 
 import torch
 
-from labkit import args
+from labkit import args, codegen
 
 
 def _group_heads(x: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
@@ -81,3 +81,20 @@ def attention(q, k, v, *, causal=True, window=None, num_sinks=0, sm_scale=None, 
     p, _ = masked_softmax(s, keep[:, None, None])
     o = torch.einsum("bhgtl,blhd->bthgd", p.to(v.dtype), v)
     return o.flatten(2, 3)
+
+
+def codegen_cases() -> list[codegen.Case]:
+    """Prefill: each head_dim and dtype, causal and ragged; one with a window and sinks, one without a mask."""
+
+    def case(head_dim, dtype, name="", **options):
+        kv = codegen.Tensor((1, 1024, 1, head_dim), dtype)
+        tensors = dict(q=codegen.Tensor((1, 512, 4, head_dim), dtype), k=kv, v=kv)
+        tensors["kv_lens"] = codegen.Tensor((1,), "int32", 1000)
+        name = f"{dtype}, head_dim {head_dim}{name}"
+        return codegen.Case("kernels.attention:attention", name, tensors | options, matrix=("_attention_kernel",))
+
+    return [
+        case(64, "float16"), case(128, "bfloat16"), case(256, "bfloat16"), case(64, "float32"), case(256, "float32"),
+        case(128, "bfloat16", ", window 256, 4 sinks", window=256, num_sinks=4),
+        case(128, "float32", ", not causal", causal=False),
+    ]  # fmt: skip

@@ -345,7 +345,8 @@ def _amd_facts(text):
     return {
         "registers": field("vgpr_count"),
         "stack": field("private_segment_fixed_size"),
-        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
+        # a spilled scalar register goes to a lane of a vector register, not to memory
+        "spills": field("vgpr_spill_count"),
         "loads": loads,
         "matrix": _count(r"\bv_mfma_\w+", text),
     }

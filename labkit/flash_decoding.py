@@ -8,7 +8,7 @@
 import torch
 import torch.distributed as dist
 
-from labkit import args, bench, check, peers, player, splits
+from labkit import args, bench, check, codegen, peers, player, splits
 from labkit.attention import decode_attention, softmax_dtype
 from labkit.gpus import GPUS
 from labkit.splits import num_splits_heuristic  # noqa: F401  (part of this topic's public names)
@@ -266,3 +266,20 @@ def cases(tiny=False) -> list[bench.Case]:
         options["graph"] = section != EAGER
         result.append(decode_case(name, batch, kv_len, *heads_and_dtype, **options))
     return result
+
+
+def codegen_cases() -> list[codegen.Case]:
+    """Llama-3-8B in two launches and in one; then nine corners: every pair of head_dim, group and dtype meets once."""
+
+    def case(head_dim, group, dtype, **options):
+        kv = codegen.Tensor((1, 4096, 1, head_dim), dtype)
+        tensors = dict(q=codegen.Tensor((1, group, head_dim), dtype), k=kv, v=kv)
+        tensors["kv_lens"] = codegen.Tensor((1,), "int32", 4096)
+        name = f"{dtype}, head_dim {head_dim}, group {group}" + ", one launch" * bool(options)
+        matrix = ("_split_kernel", "_one_launch_kernel")
+        return codegen.Case("kernels.flash_decoding:flash_decoding", name, tensors | options, matrix)
+
+    dtypes = ("bfloat16", "float32", "float16")
+    corners = [(64, 1, 2), (64, 8, 0), (64, 64, 1), (128, 1, 0), (128, 8, 1), (128, 64, 2), (256, 1, 1), (256, 8, 2)]
+    llama = [case(128, 4, "bfloat16"), case(128, 4, "bfloat16", one_launch=True)]
+    return llama + [case(head_dim, group, dtypes[i]) for head_dim, group, i in [*corners, (256, 64, 0)]]

@@ -1,0 +1,188 @@
+"""The codegen gate: every topic's kernels, compiled for four GPUs; and the gate itself, against planted faults.
+
+All topics are compiled together, one process a target, and cached under _build/codegen.
+"""
+
+import dataclasses
+import importlib.util
+import pkgutil
+
+import pytest
+
+import labkit
+from labkit import codegen
+from labkit.codegen import Case, Tensor
+
+
+def declared():
+    """{topic: cases} of every labkit file that declares some."""
+    names = [m.name for m in pkgutil.iter_modules(labkit.__path__) if m.name != "codegen"]
+    texts = {name: (codegen.ROOT / "labkit" / f"{name}.py") for name in names}
+    found = [n for n, file in texts.items() if file.is_file() and "\ndef codegen_cases(" in file.read_text("utf-8")]
+    return {name: codegen.cases(name) for name in found}
+
+
+TOPICS = declared()
+PLANTED = {
+    "sound": {},
+    "sound, a warp group": {},
+    "spills": {"sm_80": "spills registers"},
+    "too_much_shared_memory": {"gfx942": "bytes of shared memory, the limit is 65,536"},
+    "scalar_loads": {"sm_80": "128-bit loads", "gfx942": "128-bit loads"},
+    "no_dot": {"sm_80": "no dot", "gfx942": "no dot"},
+    "tf32": {"sm_80": "TF32", "gfx942": "TF32"},
+    "no_wgmma": {"sm_90": "expected HGMMA"},
+    "launches_nothing": {"sm_80": "launched no kernel"},
+    "raises": {"sm_80": "ValueError: q: planted"},
+}
+
+
+def planted_case(name):
+    function = name.split(",")[0]
+    rows = 16 if function in ("scalar_loads", "no_dot", "tf32") or name == "sound" else 64
+    tensors = dict(q=Tensor((rows, 128), "bfloat16"), k=Tensor((1024, 128), "bfloat16"))
+    if function == "tf32":
+        tensors = {key: dataclasses.replace(tensor, dtype="float32") for key, tensor in tensors.items()}
+    return Case(f"tests.planted_kernels:{function}", name, tensors, matrix=("_scores_kernel",))
+
+
+@pytest.fixture(scope="module")
+def compiled_once():
+    """Compile everything this file looks at, in one process a target."""
+    some = [case for cases in TOPICS.values() for case in cases]
+    some += [planted_case(name) for name in PLANTED]
+    codegen.compiled(some, codegen.TARGETS)
+
+
+@pytest.mark.parametrize("target", codegen.TARGETS)
+@pytest.mark.parametrize("topic", TOPICS)
+def test_gate(topic, target, compiled_once):
+    report = codegen.report(topic, (target,))
+    assert len(report.rows) >= len(TOPICS[topic])
+    failed = [f"{row['case']}: {row['kernel']}: {'; '.join(row['problems'])}" for row in report.rows if row["problems"]]
+    assert not failed, "\n" + "\n".join(failed)
+
+
+def test_corners_are_covered():
+    """Every pair of head_dim, group and dtype is compiled for decoding."""
+    seen = set()
+    for case in codegen.cases("flash_decoding"):
+        q, k = case.arguments["q"], case.arguments["k"]
+        seen.add((q.shape[-1], q.shape[1] // k.shape[2], q.dtype))
+    for values in [
+        ((64, 128, 256), (1, 8, 64), None),
+        ((64, 128, 256), None, ("float16", "bfloat16", "float32")),
+        (None, (1, 8, 64), ("float16", "bfloat16", "float32")),
+    ]:
+        i, j = (n for n in range(3) if values[n])
+        missing = {(a, b) for a in values[i] for b in values[j]} - {(corner[i], corner[j]) for corner in seen}
+        assert not missing
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_fault_is_found(name, compiled_once):
+    case = planted_case(name)
+    rows = codegen.report([case], ("sm_80", "sm_90", "gfx942")).rows
+    for row in rows:
+        expected = PLANTED[name].get(row["target"])
+        if expected:
+            assert expected in "; ".join(row["problems"])
+        elif name.startswith("sound"):
+            assert row["problems"] == []
+    assert PLANTED[name].keys() <= {row["target"] for row in rows}
+
+
+def test_facts(compiled_once):
+    """Facts that follow from the source alone: dots, constexprs, options, and the shape of the instruction."""
+    case = planted_case("sound, a warp group")
+    rows = {row["target"]: row for row in codegen.report([case]).rows}
+    for row in rows.values():
+        assert row["kernel"] == "_scores_kernel"
+        assert row["constexprs"] == {"M": 64, "N": 32, "D": 128, "FAULT": ""}
+        assert (row["num_warps"], row["num_stages"]) == (4, 2)
+        assert row["dots"] == [[64, 32, 128, "bf16"], [64, 128, 32, "bf16"]]
+        assert row["wide_share"] == 1.0
+        assert 0 < row["registers"] <= 512
+        assert row["programs_per_sm"] >= 1
+    assert set(rows["sm_90"]["matrix"]) == {"HGMMA.64x32x16.F32.BF16", "HGMMA.64x128x16.F32.BF16"}
+    assert set(rows["sm_80"]["matrix"]) == {"HMMA.16816.F32.BF16"}
+    assert all(name.startswith("UTCHMMA") for name in rows["sm_100"]["matrix"])
+    assert all(name.endswith("_bf16") for name in rows["gfx942"]["matrix"])
+
+
+def test_dtype_of_a_case_reaches_the_kernel(compiled_once):
+    """The kernels are compiled for what the case says, not for a signature written beside it."""
+    rows = codegen.report([planted_case("tf32")], ("sm_80",)).rows
+    assert {dot[3] for row in rows for dot in row["dots"]} == {"f32"}
+
+
+def test_occupancy_estimate():
+    """By hand: 65,536 registers and 233,472 bytes an SM; each program takes 1,024 bytes besides its own."""
+    target = codegen.ALL_TARGETS["sm_90"]
+    row = {"registers": 128, "num_warps": 4, "shared": 71_680}
+    # registers: 65,536 / (128 * 128) = 4; shared memory: 233,472 / 72,704 = 3
+    assert codegen._programs_per_sm(target, row) == 3
+    assert codegen._programs_per_sm(target, {**row, "shared": 1024}) == 4
+    assert codegen._programs_per_sm(target, {**row, "registers": 32, "shared": 0}) == 16
+    assert codegen._programs_per_sm(target, {"registers": 16, "num_warps": 1, "shared": 0}) == 32
+    amd = codegen.ALL_TARGETS["gfx942"]
+    # vector registers: 512 / 128 = 4 waves on each of four SIMDs; shared memory: 65,536 / 20,480 = 3
+    assert codegen._programs_per_sm(amd, {"registers": 128, "num_warps": 4, "shared": 0}) == 4
+    assert codegen._programs_per_sm(amd, {"registers": 128, "num_warps": 4, "shared": 20_480}) == 3
+
+
+def test_compiled_once_and_again_after_an_edit(tmp_path, monkeypatch):
+    """A cached case starts no process; another argument, target or source is another file."""
+    case = planted_case("sound")
+    file = codegen._cache_file(case, "sm_80")
+    assert codegen._cache_file(dataclasses.replace(case, name="other", matrix=()), "sm_80") == file
+    assert codegen._cache_file(case, "sm_90") != file
+    other = dataclasses.replace(case, arguments={**case.arguments, "k": Tensor((512, 128), "bfloat16")})
+    assert codegen._cache_file(other, "sm_80") != file
+    monkeypatch.setattr(codegen, "CACHE", tmp_path)
+    stored = codegen._cache_file(case, "sm_80")
+    stored.write_text('[{"kernel": "from the cache"}]')
+    monkeypatch.setattr(codegen.subprocess, "run", lambda *a, **k: pytest.fail("compiled again"))
+    assert codegen.compiled([case], ("sm_80",))[0]["kernel"] == "from the cache"
+
+
+def test_a_process_that_dies_is_an_error_of_its_cases(tmp_path, monkeypatch):
+    dead = codegen.subprocess.CompletedProcess([], -11, "", "first line\nlast words")
+    monkeypatch.setattr(codegen, "CACHE", tmp_path)
+    monkeypatch.setattr(codegen.subprocess, "run", lambda *a, **k: dead)
+    (row,) = codegen.report([planted_case("sound")], ("sm_80",)).rows
+    assert row["problems"] == ["the compiling process ended with code -11: last words"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_shown(compiled_once, capsys):
+    good, bad = planted_case("sound"), planted_case("launches_nothing")
+    report = codegen.report([good, bad], ("sm_80",))
+    text, page = repr(report), report._repr_html_()
+    for part in ("sound", "sm_80 (A100)", "HMMA.16816.F32.BF16", "passes", "launched no kernel"):
+        assert part in text
+        assert part in page
+    assert page.count("<tr>") == 3
+
+
+def test_verdicts(compiled_once, monkeypatch, capsys):
+    monkeypatch.setattr(codegen, "cases", lambda topic: [planted_case("sound")])
+    codegen.verdicts("sound", ("sm_80", "gfx942"))
+    line = capsys.readouterr().out
+    assert line.startswith("sound: 1 cases x 2 targets: no spills")
+    monkeypatch.setattr(codegen, "cases", lambda topic: [planted_case("sound"), planted_case("scalar_loads")])
+    codegen.verdicts("mixed", ("sm_80",))
+    line = capsys.readouterr().out
+    assert line.startswith("mixed: scalar_loads, sm_80, _scores_kernel: only ")
+
+
+def test_without_triton(monkeypatch, capsys):
+    monkeypatch.setattr(codegen.importlib.util, "find_spec", lambda name: None)
+    codegen.verdicts("flash_decoding")
+    assert capsys.readouterr().out == "Triton is not installed here (it needs Linux), so nothing was compiled.\n"
+    assert "not installed" in codegen.report("flash_decoding")._repr_html_()
+
+
+def test_same_name_twice():
+    with pytest.raises(ValueError, match="same name"):
+        codegen.report([planted_case("sound")] * 2)
