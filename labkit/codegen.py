@@ -1,4 +1,4 @@
-"""What the compiler makes of a kernel, read without a GPU: registers, spills, shared memory, loads, matrix instructions.
+"""What the compiler makes of a kernel, read without a GPU: registers, spills, shared memory, loads, matrix unit.
 
 `compiled` calls the public functions in a fresh process, under a driver that stands in for the target GPU, compiles
 every kernel they launch exactly as they launch it, and reads the machine code. Nothing runs on a GPU. Results are kept
@@ -9,7 +9,6 @@ A topic declares its cases in `labkit/<topic>.py`, function `codegen_cases() -> 
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import html
 import importlib
 import importlib.metadata

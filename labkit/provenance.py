@@ -2,7 +2,7 @@
 
 `source_hash` follows a function to every function and module-level constant of ours that it reaches, and hashes their
 tokens without comments, blank lines, line breaks inside brackets and docstrings. It reads the source files and imports
-nothing: so it gives the same value under the interpreter, compiled, where Triton is missing, and on Python 3.11 to 3.13.
+nothing: so the value is the same under the interpreter, compiled, without Triton, and on Python 3.11 to 3.13.
 """
 
 import ast

@@ -4,7 +4,6 @@ All topics are compiled together, one process a target, and cached under _build/
 """
 
 import dataclasses
-import importlib.util
 import pkgutil
 
 import pytest
