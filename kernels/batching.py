@@ -49,44 +49,45 @@ def _ragged_kernel(
     pid_b, tile = _find_sequence(q_starts_ptr, tl.program_id(0), batch, steps, BLOCK_Q)
     q_start = tl.load(q_starts_ptr + pid_b)
     q_len = tl.minimum(tl.load(q_starts_ptr + pid_b + 1), num_tokens) - q_start
-    if tile * BLOCK_Q < q_len:
-        kv_len = tl.minimum(tl.maximum(tl.load(kv_lens_ptr + pid_b), 0), max_kv_len)
-        # Rows of the tile: BLOCK_Q queries times the heads of a group, GROUP being the next power of two.
-        offs_m = tl.arange(0, BLOCK_Q * GROUP)
-        offs_n = tl.arange(0, BLOCK_N)
-        offs_d = tl.arange(0, BLOCK_D)
-        query = tile * BLOCK_Q + offs_m // GROUP
-        head = pid_h * group + offs_m % GROUP
-        mask_d = offs_d < HEAD_DIM
-        mask_q = ((query < q_len) & (offs_m % GROUP < group))[:, None] & mask_d[None, :]
-        rows = (q_start + query).to(tl.int64)[:, None]
-        q_ptrs = q_ptr + rows * stride_qt + head[:, None] * stride_qh + offs_d[None, :] * stride_qd
-        q = tl.load(q_ptrs, mask=mask_q, other=0.0)
+    if tile * BLOCK_Q >= q_len:
+        return
+    kv_len = tl.minimum(tl.maximum(tl.load(kv_lens_ptr + pid_b), 0), max_kv_len)
+    # Rows of the tile: BLOCK_Q queries times the heads of a group, GROUP being the next power of two.
+    offs_m = tl.arange(0, BLOCK_Q * GROUP)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    query = tile * BLOCK_Q + offs_m // GROUP
+    head = pid_h * group + offs_m % GROUP
+    mask_d = offs_d < HEAD_DIM
+    mask_q = ((query < q_len) & (offs_m % GROUP < group))[:, None] & mask_d[None, :]
+    rows = (q_start + query).to(tl.int64)[:, None]
+    q_ptrs = q_ptr + rows * stride_qt + head[:, None] * stride_qh + offs_d[None, :] * stride_qd
+    q = tl.load(q_ptrs, mask=mask_q, other=0.0)
 
-        position = query + kv_len - q_len  # bottom-right: the last query sits on the last key
-        last = tl.minimum(tile * BLOCK_Q + BLOCK_Q, q_len) + kv_len - q_len
-        end = tl.maximum(last, 0)  # no query of this tile sees a key from here on
-        table_ptr += pid_b.to(tl.int64) * stride_tb
-        k_ptrs = k_ptr + pid_h * stride_kh + offs_d[None, :] * stride_kd
-        v_ptrs = v_ptr + pid_h * stride_vh + offs_d[None, :] * stride_vd
-        m = tl.full([BLOCK_Q * GROUP], float("-inf"), tl.float32)
-        l = tl.zeros([BLOCK_Q * GROUP], tl.float32)
-        acc = tl.zeros([BLOCK_Q * GROUP, BLOCK_D], tl.float32)
-        next_page = _pages_of_tile(table_ptr, stride_tp, 0, end, PAGE_SIZE, BLOCK_N)
-        for first in range(0, end, BLOCK_N):
-            page = next_page
-            next_page = _pages_of_tile(table_ptr, stride_tp, first + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
-            key = first + offs_n
-            mask_n = (key < end) & (page >= 0) & (page < num_pages)
-            mask_kv = mask_n[:, None] & mask_d[None, :]
-            page, offset = page.to(tl.int64), key % PAGE_SIZE  # a cache may hold more than 2^31 elements
-            k = tl.load(k_ptrs + (page * stride_kp + offset * stride_kn)[:, None], mask=mask_kv, other=0.0)
-            v = tl.load(v_ptrs + (page * stride_vp + offset * stride_vn)[:, None], mask=mask_kv, other=0.0)
-            keep = mask_n[None, :] & (key[None, :] <= position[:, None])
-            m, l, acc = attend_tile(q, k, v, keep, m, l, acc, qk_scale, True)
-        o, _ = finish(m, l, acc)
-        o_ptrs = o_ptr + rows * stride_ot + head[:, None] * stride_oh + offs_d[None, :] * stride_od
-        tl.store(o_ptrs, cast(o, o_ptr.dtype.element_ty), mask=mask_q)
+    position = query + kv_len - q_len  # bottom-right: the last query sits on the last key
+    last = tl.minimum(tile * BLOCK_Q + BLOCK_Q, q_len) + kv_len - q_len
+    end = tl.maximum(last, 0)  # no query of this tile sees a key from here on
+    table_ptr += pid_b.to(tl.int64) * stride_tb
+    k_ptrs = k_ptr + pid_h * stride_kh + offs_d[None, :] * stride_kd
+    v_ptrs = v_ptr + pid_h * stride_vh + offs_d[None, :] * stride_vd
+    m = tl.full([BLOCK_Q * GROUP], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_Q * GROUP], tl.float32)
+    acc = tl.zeros([BLOCK_Q * GROUP, BLOCK_D], tl.float32)
+    next_page = _pages_of_tile(table_ptr, stride_tp, 0, end, PAGE_SIZE, BLOCK_N)
+    for first in range(0, end, BLOCK_N):
+        page = next_page
+        next_page = _pages_of_tile(table_ptr, stride_tp, first + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
+        key = first + offs_n
+        mask_n = (key < end) & (page >= 0) & (page < num_pages)
+        mask_kv = mask_n[:, None] & mask_d[None, :]
+        page, offset = page.to(tl.int64), key % PAGE_SIZE  # a cache may hold more than 2^31 elements
+        k = tl.load(k_ptrs + (page * stride_kp + offset * stride_kn)[:, None], mask=mask_kv, other=0.0)
+        v = tl.load(v_ptrs + (page * stride_vp + offset * stride_vn)[:, None], mask=mask_kv, other=0.0)
+        keep = mask_n[None, :] & (key[None, :] <= position[:, None])
+        m, l, acc = attend_tile(q, k, v, keep, m, l, acc, qk_scale, True)
+    o, _ = finish(m, l, acc)
+    o_ptrs = o_ptr + rows * stride_ot + head[:, None] * stride_oh + offs_d[None, :] * stride_od
+    tl.store(o_ptrs, cast(o, o_ptr.dtype.element_ty), mask=mask_q)
 
 
 def ragged_config(dtype: torch.dtype, head_dim: int, group: int, only_decodes: bool) -> dict:
@@ -96,7 +97,9 @@ def ragged_config(dtype: torch.dtype, head_dim: int, group: int, only_decodes: b
         rows = config.pop("BLOCK_H")
     else:
         config = attention_config(dtype, head_dim)
-        rows = config.pop("BLOCK_M")
+        rows, config["BLOCK_N"] = config.pop("BLOCK_M"), min(config["BLOCK_N"], 32)  # addresses of pages take registers
+        if config["BLOCK_D"] > 128:
+            config["num_warps"] = 8
     group = triton.next_power_of_2(group)
     return config | {"GROUP": group, "BLOCK_Q": max(1, rows // group)}
 

@@ -103,7 +103,10 @@ def codegen_cases():
         tensors["block_table"] = codegen.Tensor((len(q_lens), 16), "int32", 1)
         tensors["q_starts"] = codegen.Tensor((len(starts),), "int32", starts)
         tensors["kv_lens"] = codegen.Tensor((len(q_lens),), "int32", 16 * page_size)
-        return codegen.Case("kernels.batching:ragged_attention", name, tensors, matrix=("_ragged_kernel",))
+        kernel = ("_ragged_kernel",)
+        # Where a tile spans pages, an id of 4 bytes a key is loaded beside K and V; the wider pages gate those alone.
+        narrow = kernel if page_size < 64 or page_size % 64 else ()
+        return codegen.Case("kernels.batching:ragged_attention", name, tensors, matrix=kernel, narrow=narrow)
 
     mixed, decodes = [40, 1, 1], [1, 1, 1, 1]
     return [

@@ -168,7 +168,7 @@ def small_model(seed=0, dtype=torch.float32, hidden=256, layers=4):
 
 
 def measure_steps(step, shapes, repeats=3) -> list[tuple[int, int, float]]:
-    """Time steps of (decodes, kv_len, chunk). Returns (tokens, kv_tokens, least seconds of `repeats`), for `fit_cost`."""
+    """Time steps of (decodes, kv_len, chunk): (tokens, kv_tokens, least seconds of `repeats`) each, for `fit_cost`."""
     samples, size = [], step.page_size
     for decodes, kv_len, chunk in shapes:
         per = -(-max(kv_len, chunk) // size)

@@ -588,7 +588,7 @@ def test_player_shows_the_run():
     for name, seen in runs.items():
         assert seen[-1]["tokens"] == sum(r.output_len for r in serving.PLAYED), name
         assert max(len(step["owner"]) for step in seen) <= 7
-    assert len(runs["static"]) > len(runs["continuous, reserved"])
+    assert len(runs["static"]) > len(runs["continuous, paged"]) > len(runs["chunked, paged"])
     assert any(step["batch"].preempted for step in runs["continuous, paged"])
     assert "is preempted" in html
     assert f"all done after {len(runs['chunked, paged'])} iterations" in html
@@ -597,7 +597,7 @@ def test_player_shows_the_run():
 @pytest.mark.parametrize("policy", serving.PLAYED_POLICIES)
 def test_live_cell(policy):
     assert "33 tokens in" in serving.try_policy(policy, 3, 7)
-    assert "refused" in serving.try_policy(policy, 3, 1)
+    assert "33 tokens in" not in serving.try_policy(policy, 3, 1)  # most are refused
 
 
 PLANTED_BUGS = [
