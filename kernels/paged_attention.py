@@ -84,10 +84,9 @@ def _paged_split_kernel(
         else:
             page = _pages_of_tile(table_ptr, stride_tp, first, end, PAGE_SIZE, BLOCK_N)
         key = first + offs_n
-        offset = key % PAGE_SIZE
         mask_n = (key < end) & (page >= 0) & (page < num_pages)
         mask_kv = mask_n[:, None] & mask_d[None, :]
-        page = page.to(tl.int64)  # a cache may hold more than 2^31 elements
+        page, offset = page.to(tl.int64), (key % PAGE_SIZE).to(tl.int64)  # a cache may hold more than 2^31 elements
         k = tl.load(k_ptrs + (page * stride_kp + offset * stride_kn)[:, None], mask=mask_kv, other=0.0)
         v = tl.load(v_ptrs + (page * stride_vp + offset * stride_vn)[:, None], mask=mask_kv, other=0.0)
         m, l, acc = attend_tile(q, k, v, mask_n[None, :], m, l, acc, qk_scale, True)
