@@ -31,8 +31,12 @@ def _attend_split(
     kv_lens_ptr, max_kv_len,  # [B]
     pid_b, pid_h, pid_s, num_splits, group, qk_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr = 1,
 ):  # fmt: skip
-    """Attention of one group of query heads over one split of the keys: o [BLOCK_H, BLOCK_D], lse [BLOCK_H]."""
+    """Attention of a tile of query heads over one split of the keys: o [BLOCK_H, BLOCK_D], lse [BLOCK_H].
+
+    Tile pid_h holds `group` query heads; TILES of them share a KV head.
+    """
     offs_h = tl.arange(0, BLOCK_H)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
@@ -48,29 +52,30 @@ def _attend_split(
     end = tl.minimum(start + split_len, kv_len)
     full_end = start + (end - start) // BLOCK_N * BLOCK_N
 
-    offs_n64 = offs_n.to(tl.int64)  # a cache may hold more than 2^31 elements
-    k_ptrs = k_ptr + pid_b * stride_kb + pid_h * stride_kh + offs_n64[:, None] * stride_kn + offs_d[None, :] * stride_kd
-    v_ptrs = v_ptr + pid_b * stride_vb + pid_h * stride_vh + offs_n64[:, None] * stride_vn + offs_d[None, :] * stride_vd
-    k_ptrs += start.to(tl.int64) * stride_kn
-    v_ptrs += start.to(tl.int64) * stride_vn
+    kv_head = pid_h // TILES
+    k_ptr += pid_b * stride_kb + kv_head * stride_kh
+    v_ptr += pid_b * stride_vb + kv_head * stride_vh
 
     m = tl.full([BLOCK_H], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-    for _ in range(start, full_end, BLOCK_N):  # full tiles need no mask over keys
+    # Pointers are made anew for every tile: carried along, they would fill half of the registers.
+    for first in range(start, full_end, BLOCK_N):  # full tiles need no mask over keys
+        rows = (first + offs_n).to(tl.int64)[:, None]  # a cache may hold more than 2^31 elements
+        k_ptrs = k_ptr + rows * stride_kn + offs_d[None, :] * stride_kd
+        v_ptrs = v_ptr + rows * stride_vn + offs_d[None, :] * stride_vd
         if BLOCK_D == HEAD_DIM:
             k, v = tl.load(k_ptrs), tl.load(v_ptrs)
         else:
             k = tl.load(k_ptrs, mask=mask_d[None, :], other=0.0)
             v = tl.load(v_ptrs, mask=mask_d[None, :], other=0.0)
         m, l, acc = attend_tile(q, k, v, mask_q, m, l, acc, qk_scale, False)
-        k_ptrs += BLOCK_N * stride_kn
-        v_ptrs += BLOCK_N * stride_vn
-    if full_end < end:
-        mask_n = full_end + offs_n < end
+    for first in range(full_end, end, BLOCK_N):  # at most once; outside a loop its loads would be held in registers
+        rows = (first + offs_n).to(tl.int64)[:, None]
+        mask_n = first + offs_n < end
         mask_kv = mask_n[:, None] & mask_d[None, :]
-        k = tl.load(k_ptrs, mask=mask_kv, other=0.0)
-        v = tl.load(v_ptrs, mask=mask_kv, other=0.0)
+        k = tl.load(k_ptr + rows * stride_kn + offs_d[None, :] * stride_kd, mask=mask_kv, other=0.0)
+        v = tl.load(v_ptr + rows * stride_vn + offs_d[None, :] * stride_vd, mask=mask_kv, other=0.0)
         m, l, acc = attend_tile(q, k, v, mask_n[None, :], m, l, acc, qk_scale, True)
     return finish(m, l, acc)
 
@@ -115,7 +120,7 @@ def _split_kernel(
     o_ptr, stride_ob, stride_oh, stride_os, stride_od,  # [B, Hq, S, D] out
     lse_ptr, stride_lb, stride_lh, stride_ls,  # [B, Hq, S] out
     max_kv_len, num_splits, group, qk_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     pid_s = tl.program_id(0)
     pid_h = tl.program_id(1).to(tl.int64)
@@ -123,7 +128,7 @@ def _split_kernel(
     o, lse = _attend_split(
         q_ptr, stride_qb, stride_qh, stride_qd, k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,
         v_ptr, stride_vb, stride_vn, stride_vh, stride_vd, kv_lens_ptr, max_kv_len,
-        pid_b, pid_h, pid_s, num_splits, group, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N,
+        pid_b, pid_h, pid_s, num_splits, group, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N, TILES,
     )  # fmt: skip
     offs_h = tl.arange(0, BLOCK_H)
     offs_d = tl.arange(0, BLOCK_D)
@@ -167,18 +172,19 @@ def _one_launch_kernel(
     part_lse_ptr, stride_plb, stride_plh, stride_pls,  # [B, Hq, S] fp32, scratch
     o_ptr, stride_ob, stride_oh, stride_od,  # [B, Hq, D] out
     lse_ptr, stride_lb, stride_lh,  # [B, Hq] out
-    arrived_ptr,  # [B * Hkv] int32, zero before and after
+    arrived_ptr,  # [B * Hkv * TILES] int32, zero before and after
     max_kv_len, num_splits, group, qk_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Split and merge in one launch: the program of a KV head that arrives last merges for all."""
+    """Split and merge in one launch: of the programs of a tile of heads, the one that arrives last merges for all."""
     pid_s = tl.program_id(0)
     pid_h = tl.program_id(1).to(tl.int64)
     pid_b = tl.program_id(2).to(tl.int64)
     o, lse = _attend_split(
         q_ptr, stride_qb, stride_qh, stride_qd, k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,
         v_ptr, stride_vb, stride_vn, stride_vh, stride_vd, kv_lens_ptr, max_kv_len,
-        pid_b, pid_h, pid_s, num_splits, group, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N,
+        pid_b, pid_h, pid_s, num_splits, group, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N, TILES,
     )  # fmt: skip
     offs_h = tl.arange(0, BLOCK_H)
     offs_d = tl.arange(0, BLOCK_D)
@@ -206,19 +212,22 @@ def _one_launch_kernel(
 
 
 def split_config(dtype: torch.dtype, head_dim: int, group: int) -> dict:
-    """Tile sizes and launch options of the split kernel.
-
-    Two or three stages of K and V tiles have to fit into shared memory, the accumulator into registers.
-    """
-    block_h = max(16, triton.next_power_of_2(group))
-    block_d = block_dim(head_dim)
-    tile_bytes = 64 * block_d * dtype.itemsize * 2  # K and V
-    room = device_properties()["max_shared_mem"]
-    block_n, num_stages = 64, 3
-    if dtype == torch.float32 or tile_bytes * num_stages > room // 2:
-        block_n, num_stages = 32, 2
-    num_warps = 8 if block_h * block_d > 64 * 128 else 4
+    """Tile sizes and launch options of the split kernel, such that nothing spills and shared memory suffices."""
+    block_d, block_h = block_dim(head_dim), max(16, triton.next_power_of_2(group))
+    block_n, num_stages, num_warps = 16 if block_d > 64 else 32, 2, 8
+    if dtype != torch.float32:  # exact fp32 products are made without the matrix unit and need many registers
+        # Two programs an SM, each with num_stages - 1 tiles of K and V on their way.
+        room = device_properties()["max_shared_mem"] // 2
+        key_bytes = 2 * block_d * dtype.itemsize
+        block_n, num_stages = next((n, s) for n, s in ((64, 3), (32, 3), (32, 2)) if (s - 1) * n * key_bytes <= room)
+        num_warps = 8 if block_h * block_d >= 64 * 128 else 4
     return dict(BLOCK_D=block_d, BLOCK_H=block_h, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)
+
+
+def tiles_per_group(head_dim: int, group: int) -> int:
+    """Into how many tiles of equally many heads a group is cut: wide heads leave registers for 32 of them."""
+    fits = (t for t in range(1, group + 1) if group % t == 0 and (head_dim <= 128 or group // t <= 32))
+    return next(fits)
 
 
 MERGE_BLOCK = 16  # splits merged at a time
@@ -278,10 +287,12 @@ def flash_decoding(q, k, v, kv_lens, *, num_splits=None, sm_scale=None, one_laun
         num_sms = device_properties()["multiprocessor_count"]
         num_splits = splits.choose(batch * num_kv_heads, num_sms, max_kv_len, head_dim)
     group = num_q_heads // num_kv_heads
-    config = split_config(q.dtype, head_dim, group)
+    tiles = tiles_per_group(head_dim, group)
+    group //= tiles
+    config = split_config(q.dtype, head_dim, group) | {"TILES": tiles}
     inputs = (q, *q.stride(), k, *k.stride(), v, *v.stride(), kv_lens.contiguous())
     sizes = (max_kv_len, num_splits, group, args.scale(sm_scale, head_dim) * LOG2E.value)
-    grid = (num_splits, num_kv_heads, batch)
+    grid = (num_splits, num_kv_heads * tiles, batch)
     if num_splits == 1:  # no partial results: write the output at once
         _split_kernel[grid](
             *inputs, o, o.stride(0), o.stride(1), 0, o.stride(2), lse, *lse.stride(), 0, *sizes,
@@ -292,7 +303,7 @@ def flash_decoding(q, k, v, kv_lens, *, num_splits=None, sm_scale=None, one_laun
     parts = (part_o, *part_o.stride(), part_lse, *part_lse.stride())
     if one_launch:
         _one_launch_kernel[grid](
-            *inputs, *parts, o, *o.stride(), lse, *lse.stride(), _arrival_counters(q, batch * num_kv_heads), *sizes,
+            *inputs, *parts, o, *o.stride(), lse, *lse.stride(), _arrival_counters(q, batch * num_kv_heads * tiles), *sizes,
             HEAD_DIM=head_dim, BLOCK_S=MERGE_BLOCK, **config,
         )  # fmt: skip
     else:

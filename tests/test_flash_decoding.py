@@ -194,7 +194,7 @@ def test_too_late_import_is_explained():
     assert "too late: Triton was imported before `kernels`" in done.stderr, done.stderr
 
 PLANTED_BUGS = [
-    ("kernels/flash_decoding.py", "mask_n = full_end + offs_n < end", "mask_n = full_end + offs_n < end + 1"),
+    ("kernels/flash_decoding.py", "mask_n = first + offs_n < end", "mask_n = first + offs_n < end + 1"),
     ("kernels/flash_decoding.py", "m, l, acc, qk_scale, True)", "m, l, acc, qk_scale, False)"),
     ("kernels/flash_decoding.py", "end = tl.minimum(start + split_len, kv_len)", "end = tl.minimum(start + split_len, max_kv_len)"),
     ("kernels/flash_decoding.py", "tl.cdiv(tl.cdiv(kv_len, BLOCK_N), num_splits)", "(tl.cdiv(kv_len, BLOCK_N) // num_splits)"),
@@ -204,7 +204,7 @@ PLANTED_BUGS = [
     ("kernels/flash_decoding.py", "acc = acc * alpha + tl.sum(weight[:, None] * part, 0)", "acc = acc + tl.sum(weight[:, None] * part, 0)"),
     ("kernels/flash_decoding.py", "tl.store(arrived, 0)", "tl.store(arrived, 1)"),
     ("kernels/flash_decoding.py", "for i in range(group):", "for i in range(1):"),
-    ("kernels/flash_decoding.py", "offs_n64[:, None] * stride_vn", "offs_n64[:, None] * stride_kn * 2"),
+    ("kernels/flash_decoding.py", "kv_head = pid_h // TILES", "kv_head = pid_h"),
     ("kernels/_tile.py", "acc * alpha[:, None] + dot", "acc + dot"),
     ("kernels/_tile.py", "l * alpha + tl.sum(p, 1)", "l + tl.sum(p, 1)"),
     ("kernels/_tile.py", "bits += 0x7FFF + ((bits >> 16) & 1)", "bits += 0x7FFF"),
