@@ -69,28 +69,28 @@ def _unified_walk(
     end = tl.minimum(start + split_len, kv_len)
     full_end = start + (end - start) // BLOCK_N * BLOCK_N
 
-    rows = (start + offs_n).to(tl.int64)[:, None]
-    k_ptrs = k_ptr + pid_b * stride_kb + pid_h * stride_kh + rows * stride_kn + offs_d[None, :] * stride_kd
-    v_ptrs = v_ptr + pid_b * stride_vb + pid_h * stride_vh + rows * stride_vn + offs_d[None, :] * stride_vd
-
+    k_ptr += pid_b * stride_kb + pid_h * stride_kh
+    v_ptr += pid_b * stride_vb + pid_h * stride_vh
     l = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
     low = tl.full([BLOCK_H, BLOCK_N], float("inf"), tl.float32)
     high = tl.full([BLOCK_H, BLOCK_N], float("-inf"), tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-    for _ in range(start, full_end, BLOCK_N):
+    for first in range(start, full_end, BLOCK_N):
+        rows = (first + offs_n).to(tl.int64)[:, None]
+        k_ptrs = k_ptr + rows * stride_kn + offs_d[None, :] * stride_kd
+        v_ptrs = v_ptr + rows * stride_vn + offs_d[None, :] * stride_vd
         if BLOCK_D == HEAD_DIM:
             k, v = tl.load(k_ptrs), tl.load(v_ptrs)
         else:
             k = tl.load(k_ptrs, mask=mask_d[None, :], other=0.0)
             v = tl.load(v_ptrs, mask=mask_d[None, :], other=0.0)
         l, acc, low, high = _unified_tile(q, k, v, mask_q, l, acc, low, high, sm_scale, phi, P_FP32, False)
-        k_ptrs += BLOCK_N * stride_kn
-        v_ptrs += BLOCK_N * stride_vn
-    if full_end < end:
-        mask_n = full_end + offs_n < end
+    for first in range(full_end, end, BLOCK_N):  # at most once
+        rows = (first + offs_n).to(tl.int64)[:, None]
+        mask_n = first + offs_n < end
         mask_kv = mask_n[:, None] & mask_d[None, :]
-        k = tl.load(k_ptrs, mask=mask_kv, other=0.0)
-        v = tl.load(v_ptrs, mask=mask_kv, other=0.0)
+        k = tl.load(k_ptr + rows * stride_kn + offs_d[None, :] * stride_kd, mask=mask_kv, other=0.0)
+        v = tl.load(v_ptr + rows * stride_vn + offs_d[None, :] * stride_vd, mask=mask_kv, other=0.0)
         l, acc, low, high = _unified_tile(q, k, v, mask_n[None, :], l, acc, low, high, sm_scale, phi, P_FP32, True)
     return acc, tl.sum(l, 1), tl.min(low, 1), tl.max(high, 1)
 

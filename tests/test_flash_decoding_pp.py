@@ -12,10 +12,36 @@ from labkit.attention import attention, decode_attention
 from labkit.check import BF16, DECODE_CASES, F16, F32, DecodeCase, assert_matches, randn
 
 # (old text, new text) of these files; tests/planted_bugs.py plants them one at a time.
-PLANTED_BUGS = []
+PLANTED_BUGS = [
+    ("kernels/flash_decoding_pp.py", "(high >= bound_b)", "(high > bound_b)"),
+    ("kernels/flash_decoding_pp.py", "(low <= bound_a)", "(low < bound_a)"),
+    ("kernels/flash_decoding_pp.py", 'low = tl.minimum(low, tl.where(valid, e, float("inf")))', "low = tl.minimum(low, e)"),
+    ("kernels/flash_decoding_pp.py", 'e = tl.where(valid, e, float("-inf"))', "e = e"),
+    ("kernels/flash_decoding_pp.py", "p = tl.exp2(e * LOG2E)", "p = tl.exp2(e)"),
+    ("kernels/flash_decoding_pp.py", "    acc += dot(p, v)\n    return l + p.to(tl.float32),",
+     "    acc += dot(p, v)\n    return l + tl.exp2(e * LOG2E),"),
+    ("kernels/flash_decoding_pp.py", "1.0), lse, again,", "1.0), lse, mask_h,"),
+    ("kernels/flash_decoding_pp.py", "tl.where(part_den == 0.0, 0.0, tl.exp2((base - top) * LOG2E))",
+     "tl.exp2((base - top) * LOG2E)"),
+    ("kernels/flash_decoding_pp.py", "if SYNCHRONISED or tripped > 0:", "if SYNCHRONISED:"),
+    ("kernels/flash_decoding_pp.py", "stride_rh, tripped > 0)", "stride_rh, tripped > 1)"),
+    ("kernels/flash_decoding_pp.py", "p_fp32 = q.dtype == torch.float16", "p_fp32 = False"),
+    ("kernels/flash_decoding_pp.py", "mask_k = (offs_k < k - first)[None, :]", "mask_k = (offs_k < k)[None, :]"),
+    ("kernels/flash_decoding_pp.py", "tl.store(arrived_ptr + tile, 0)", "tl.store(arrived_ptr + tile, 1)"),
+    ("kernels/flash_decoding_pp.py", "== SPLIT_K - 1:", "== 0:"),
+    ("kernels/flash_decoding_pp.py", "for s in range(SPLIT_K):", "for s in range(SPLIT_K - 1):"),
+    ("kernels/flash_decoding_pp.py", "EVEN_K=k % block_k == 0", "EVEN_K=True"),
+    ("labkit/args.py", "return max(float(bounds[0]), low), min(float(bounds[1]), high)",
+     "return float(bounds[0]), float(bounds[1])"),
+    ("labkit/flash_decoding_pp.py", "us[name][ms[i]] < us[current]", "us[name][ms[i]] <= us[current]"),
+    ("labkit/flash_decoding_pp.py", "current, start = name, first", "start = first"),
+    ("labkit/flash_decoding_pp.py", "if device != here and not any_device:", "if False:"),
+    ("labkit/flash_decoding_pp.py", "((e <= a) | (e >= b)) & valid", "((e >= b)) & valid"),
+    ("labkit/flash_decoding_pp.py", "(low + high) / 2 - (a + b) / 2", "(low + high) / 2"),
+]  # fmt: skip
 
-# phi and bounds: nothing trips; a few rows trip, above and below; all trip; p needs more than fp16.
-RANGES = ((0.0, (-30.0, 30.0)), (0.3, (-2.2, 2.4)), (100.0, (-3.0, 3.0)), (-8.0, (-9.0, 11.0)), (40.0, (-60.0, 60.0)))
+# phi and bounds: nothing trips; a few rows trip, above and below; all trip; p is too large for fp16; p just fits it.
+RANGES = ((0.0, (-30.0, 30.0)), (0.3, (-2.2, 2.4)), (100.0, (-3.0, 3.0)), (-25.0, (-60.0, 60.0)), (-8.0, (-9.0, 11.0)))
 
 
 @pytest.mark.parametrize("case, phi, bounds", [
@@ -79,7 +105,7 @@ def test_rows_within_bounds_do_not_depend_on_their_neighbours(device):
 def test_scores_far_from_phi(dtype, phi, sm_scale, device):
     """exp(x - phi) overflows or underflows in every float type; infinite bounds are narrowed to what fp32 can hold."""
     q, k, v, kv_lens = DecodeCase("", (130, 70), dtype=dtype).tensors(device)
-    options = dict(phi=phi, bounds=(-np.inf, np.inf), num_splits=2, sm_scale=sm_scale)
+    options = dict(phi=phi, bounds=(-np.inf, np.inf), num_splits=4, sm_scale=sm_scale)
     o, recomputed = pp.unified_decoding(q, k, v, kv_lens, **options)
     assert recomputed.all()
     assert_matches(o, only_o, q, k, v, kv_lens, sm_scale=sm_scale)
@@ -203,7 +229,7 @@ def test_unified_parts_of_the_paper():
 # ---- dataflow
 
 # Made-up microseconds: gemv grows with M, flat_gemm is level to 8, the library is level throughout.
-COSTS = {"gemv": lambda m, n, k: 3 + 2 * m, "flat_gemm": lambda m, n, k: 8 + (m > 8) * m, "library": lambda m, n, k: 12}
+COSTS = {"gemv": lambda m, n, k: 3 + 2 * m, "flat_gemm": lambda m, n, k: 9 + (m > 8) * m, "library": lambda m, n, k: 12}
 
 
 def profiled(costs=COSTS, **options):
@@ -212,9 +238,9 @@ def profiled(costs=COSTS, **options):
 
 def test_dataflow_finds_the_crossings():
     flow = profiled()
-    # gemv 5, 7, 9 against 8: from 3 on. flat_gemm 8 up to 8, then 17 against 12: from 9 on.
-    assert flow.table[64, 32]["switch"] == [3, 9]
-    assert [flow.pick(m, 64, 32) for m in (1, 2, 3, 8, 9, 500)] == ["gemv"] * 2 + ["flat_gemm"] * 2 + ["library"] * 2
+    # gemv 5, 7, 9, 11 against 9, and a tie is no win: from 4 on. flat_gemm 9 up to 8, then 18 against 12: from 9 on.
+    assert flow.table[64, 32]["switch"] == [4, 9]
+    assert [flow.pick(m, 64, 32) for m in (1, 3, 4, 8, 9, 500)] == ["gemv"] * 2 + ["flat_gemm"] * 2 + ["library"] * 2
 
 
 def test_dataflow_stays_with_the_first_crossing():
@@ -244,7 +270,7 @@ def test_dataflow_on_disk(tmp_path):
     path.write_text(json.dumps(record | {"device": "NVIDIA H9000"}))
     with pytest.raises(ValueError, match=r"flow.json was measured on NVIDIA H9000, this machine has .*any_device=True"):
         ref.Dataflow.load(path)
-    assert ref.Dataflow.load(path, any_device=True).pick(3, 64, 32) == "flat_gemm"
+    assert ref.Dataflow.load(path, any_device=True).pick(4, 64, 32) == "flat_gemm"
     broken = (path.read_text()[:-40], "[]", "{}", json.dumps(record | {"format": 2}), json.dumps(record | {"shapes": []}))
     broken += (json.dumps(record | {"impls": ["gemv", "cublas", "library"]}), json.dumps(record | {"impls": ["gemv"]}))
     for text in broken:
@@ -309,7 +335,7 @@ def test_player_shows_what_the_table_picks():
     texts = json.loads(html.html.split('<script type="application/json">')[1].split("</script>")[0])["texts"]
     want = [flow.pick(m, n, k) for n, k in flow.table for m in range(1, 20)]
     assert [text.split(": ")[1].split(".")[0] for text in texts] == want
-    assert texts[0] == "M = 1: gemv. Table: gemv first, then flat_gemm from M = 3, then library from M = 9."
+    assert texts[0] == "M = 1: gemv. Table: gemv first, then flat_gemm from M = 4, then library from M = 9."
     assert "gemv was faster" not in texts[0]
 
 
