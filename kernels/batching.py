@@ -90,14 +90,16 @@ def _ragged_kernel(
     tl.store(o_ptrs, cast(o, o_ptr.dtype.element_ty), mask=mask_q)
 
 
-def ragged_config(dtype: torch.dtype, head_dim: int, group: int, only_decodes: bool) -> dict:
+def ragged_config(dtype: torch.dtype, head_dim: int, group: int, page_size: int, only_decodes: bool) -> dict:
     """Tile sizes and launch options: those of prefill, or of decoding if no chunk is longer than one token."""
     if only_decodes:
         config = split_config(dtype, head_dim, group)
         rows = config.pop("BLOCK_H")
     else:
         config = attention_config(dtype, head_dim)
-        rows, config["BLOCK_N"] = config.pop("BLOCK_M"), min(config["BLOCK_N"], 32)  # addresses of pages take registers
+        rows = config.pop("BLOCK_M")
+        if page_size % config["BLOCK_N"]:  # a page's id and address for every key take registers
+            config["BLOCK_N"] = min(config["BLOCK_N"], 32)
         if config["BLOCK_D"] > 128:
             config["num_warps"] = 8
     group = triton.next_power_of_2(group)
@@ -127,7 +129,7 @@ def ragged_attention(q, k_pages, v_pages, block_table, q_starts, kv_lens, *, sm_
     if batch == 0 or o.numel() == 0:
         return o
     num_tokens, group, page_size = len(q), num_q_heads // num_kv_heads, k_pages.shape[1]
-    config = ragged_config(q.dtype, head_dim, group, only_decodes=num_tokens <= batch)
+    config = ragged_config(q.dtype, head_dim, group, page_size, only_decodes=num_tokens <= batch)
     # No tile count is needed from the device: partial tiles are at most one a sequence.
     _ragged_kernel[(num_tokens // config["BLOCK_Q"] + batch, num_kv_heads)](
         q, *q.stride(), k_pages, *k_pages.stride(), v_pages, *v_pages.stride(), block_table, *block_table.stride(),
