@@ -275,11 +275,21 @@ def codegen_cases() -> list[codegen.Case]:
         kv = codegen.Tensor((1, 4096, 1, head_dim), dtype)
         tensors = dict(q=codegen.Tensor((1, group, head_dim), dtype), k=kv, v=kv)
         tensors["kv_lens"] = codegen.Tensor((1,), "int32", 4096)
-        name = f"{dtype}, head_dim {head_dim}, group {group}" + ", one launch" * bool(options)
+        words = "".join(f", {key.replace('_', ' ')} {value}" for key, value in options.items())
+        name = f"{dtype}, head_dim {head_dim}, group {group}{words}"
         matrix = ("_split_kernel", "_one_launch_kernel")
         return codegen.Case("kernels.flash_decoding:flash_decoding", name, tensors | options, matrix)
 
-    dtypes = ("bfloat16", "float32", "float16")
-    corners = [(64, 1, 2), (64, 8, 0), (64, 64, 1), (128, 1, 0), (128, 8, 1), (128, 64, 2), (256, 1, 1), (256, 8, 2)]
-    llama = [case(128, 4, "bfloat16"), case(128, 4, "bfloat16", one_launch=True)]
-    return llama + [case(head_dim, group, dtypes[i]) for head_dim, group, i in [*corners, (256, 64, 0)]]
+    return [
+        case(128, 4, "bfloat16"),
+        case(128, 4, "bfloat16", one_launch=True),
+        case(64, 1, "float16", num_splits=1),
+        case(64, 8, "bfloat16"),
+        case(64, 64, "float32"),
+        case(128, 1, "bfloat16"),
+        case(128, 8, "float32"),
+        case(128, 64, "float16", num_splits=1),
+        case(256, 1, "float32"),
+        case(256, 8, "float16", num_splits=1),
+        case(256, 64, "bfloat16"),
+    ]
