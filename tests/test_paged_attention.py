@@ -416,6 +416,7 @@ PAGED_CASES = [(case, SIZES[i % len(SIZES)]) for i, case in enumerate(DECODE_CAS
 PAGED_CASES += [
     (DecodeCase("a tile is one page", (129, 64), dtype=F16, num_splits=2), 64),
     (DecodeCase("a tile is part of a page", (300, 1), dtype=BF16, num_splits=2), 256),
+    (DecodeCase("a page is a tile and a half", (190,), 2, 1, dtype=F16, num_splits=1), 96),
     (DecodeCase("a tile spans four pages", (129, 70), dtype=BF16, num_splits=1), 16),
     (DecodeCase("strided, small pages", (70, 3), dtype=F16, strided=True, num_splits=2), 5),
     (DecodeCase("strided, large pages", (130, 128), dtype=F32, strided=True, num_splits=2), 32),
