@@ -14,7 +14,7 @@ import triton.language as tl
 
 from kernels import INTERPRETED
 from kernels._tile import LOG2E, block_dim, cast, device_properties, dot
-from kernels.flash_decoding import MERGE_BLOCK, _arrival_counters, _attend_split, split_config
+from kernels.flash_decoding import MERGE_BLOCK, _arrival_counters, _attend_split, split_config, tiles_per_group
 from labkit import args, splits
 
 
@@ -49,9 +49,10 @@ def _unified_walk(
     v_ptr, stride_vb, stride_vn, stride_vh, stride_vd,  # [B, L, Hkv, D]
     kv_lens_ptr, max_kv_len,  # [B]
     pid_b, pid_h, pid_s, num_splits, group, sm_scale, phi,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, P_FP32: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+    P_FP32: tl.constexpr,
 ):  # fmt: skip
-    """One group over one split: numerator [BLOCK_H, BLOCK_D]; denominator, least and largest x - phi [BLOCK_H].
+    """One tile of heads over one split: numerator [BLOCK_H, BLOCK_D]; denominator, least and largest x - phi [BLOCK_H].
 
     Twin of `flash_decoding._attend_split`; q, the cut into splits and the two kinds of tiles are the same.
     """
@@ -69,8 +70,8 @@ def _unified_walk(
     end = tl.minimum(start + split_len, kv_len)
     full_end = start + (end - start) // BLOCK_N * BLOCK_N
 
-    k_ptr += pid_b * stride_kb + pid_h * stride_kh
-    v_ptr += pid_b * stride_vb + pid_h * stride_vh
+    k_ptr += pid_b * stride_kb + pid_h // TILES * stride_kh
+    v_ptr += pid_b * stride_vb + pid_h // TILES * stride_vh
     l = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
     low = tl.full([BLOCK_H, BLOCK_N], float("inf"), tl.float32)
     high = tl.full([BLOCK_H, BLOCK_N], float("-inf"), tl.float32)
@@ -124,11 +125,11 @@ def _unified_split_kernel(
     den_ptr, base_ptr, stride_db, stride_dh, stride_ds,  # two [B, Hq, S] out; not written if ONE_SPLIT
     tripped_ptr, stride_tb, stride_th, stride_ts,  # [B, Hq, S] out
     max_kv_len, num_splits, group, sm_scale, phi, bound_a, bound_b,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
     P_FP32: tl.constexpr, SYNCHRONISED: tl.constexpr, ONE_SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Partial results of one group and split: num and den are relative to exp(base), and base is phi for all splits,
-    or a split's own log-sum-exp where it was done again. SYNCHRONISED: every split the second way, for comparison."""
+    """Partial results of one tile of heads and split: num and den are relative to exp(base). base is phi for all
+    splits, or a split's own log-sum-exp where it was done again. SYNCHRONISED: all the second way, for comparison."""
     pid_s = tl.program_id(0)
     pid_h = tl.program_id(1).to(tl.int64)
     pid_b = tl.program_id(2).to(tl.int64)
@@ -139,7 +140,7 @@ def _unified_split_kernel(
         num, den, low, high = _unified_walk(
             q_ptr, stride_qb, stride_qh, stride_qd, k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,
             v_ptr, stride_vb, stride_vn, stride_vh, stride_vd, kv_lens_ptr, max_kv_len,
-            pid_b, pid_h, pid_s, num_splits, group, sm_scale, phi, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N, P_FP32,
+            pid_b, pid_h, pid_s, num_splits, group, sm_scale, phi, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N, TILES, P_FP32,
         )  # fmt: skip
         again = mask_h & ((low <= bound_a) | (high >= bound_b))
         _store_part(
@@ -150,7 +151,7 @@ def _unified_split_kernel(
         o, lse = _attend_split(
             q_ptr, stride_qb, stride_qh, stride_qd, k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,
             v_ptr, stride_vb, stride_vn, stride_vh, stride_vd, kv_lens_ptr, max_kv_len,
-            pid_b, pid_h, pid_s, num_splits, group, sm_scale * LOG2E, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N,
+            pid_b, pid_h, pid_s, num_splits, group, sm_scale * LOG2E, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N, TILES,
         )  # fmt: skip
         _store_part(
             num_ptr, stride_nb, stride_nh, stride_ns, stride_nd, den_ptr, base_ptr, stride_db, stride_dh, stride_ds,
@@ -265,11 +266,13 @@ def unified_decoding(
     low, high = args.EXP_LIMITS[torch.float16]
     p_fp32 = q.dtype == torch.float16 and not synchronised and (bound_a < low or bound_b > high)
     group = num_q_heads // num_kv_heads
-    config = unified_config(torch.float32 if p_fp32 else q.dtype, head_dim, group)
+    tiles = tiles_per_group(head_dim, group)
+    group //= tiles
+    config = unified_config(torch.float32 if p_fp32 else q.dtype, head_dim, group) | {"TILES": tiles}
     options = dict(HEAD_DIM=head_dim, P_FP32=p_fp32, SYNCHRONISED=synchronised, ONE_SPLIT=num_splits == 1)
     inputs = (q, *q.stride(), k, *k.stride(), v, *v.stride(), kv_lens.contiguous())
     sizes = (max_kv_len, num_splits, group, args.scale(sm_scale, head_dim), float(phi), bound_a, bound_b)
-    grid = (num_splits, num_kv_heads, batch)
+    grid = (num_splits, num_kv_heads * tiles, batch)
     if num_splits == 1:
         _unified_split_kernel[grid](
             *inputs, o, o.stride(0), o.stride(1), 0, o.stride(2), o, o, 0, 0, 0, recomputed, *recomputed.stride(), 0,

@@ -384,6 +384,8 @@ def codegen_cases():
         decode("fp16, head_dim 64, group 1, one split", "float16", 64, 1, num_splits=1),
         decode("fp16, head_dim 128, group 8, bounds wider than fp16", "float16", bounds=(-30.0, 30.0)),
         decode("bf16, head_dim 128, group 64", group=64),
+        decode("bf16, head_dim 256, group 64", head_dim=256, group=64),
+        decode("fp32, head_dim 128, group 8", "float32"),
         linear("gemv", 1, 4096, 4096),
         linear("gemv", 4, 11008, 4096, "float16"),
         linear("flat_gemm", 8, 4096, 4096, pad=8),
