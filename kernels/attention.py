@@ -111,10 +111,12 @@ def attention_config(dtype: torch.dtype, head_dim: int) -> dict:
     room = device_properties()["max_shared_mem"]
     if dtype == torch.float32:
         block_m, block_n, num_warps, num_stages = (32, 32, 4, 2) if block_d <= 64 else (16, 16, 4, 2)
-    elif block_d <= 128 and room >= 128 * 1024:
-        block_m, block_n, num_warps, num_stages = 128, 64, 8, 3
+    elif room < 128 * 1024:
+        block_m, block_n, num_warps, num_stages = 64, 32, 8 if block_d == 128 else 4, 2
+    elif block_d <= 128:
+        block_m, block_n, num_warps, num_stages = 128, 64 if block_d <= 64 or room > 200_000 else 32, 8, 3
     else:
-        block_m, block_n, num_warps, num_stages = 64, 32, 4, 2
+        block_m, block_n, num_warps, num_stages = 64, 64, 8, 2
     return dict(BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)
 
 
