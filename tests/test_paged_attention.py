@@ -632,6 +632,7 @@ def test_buddy_against_a_dictionary(num_slots):
             if offset is None:
                 assert not any(free for piece, free in buddy.free_pieces.items() if piece >= rounded)
             else:
+                assert buddy.taken[offset] == rounded
                 assert offset % rounded == 0
                 taken[offset] = rounded
         pieces = [(o, s) for s, offsets in buddy.free_pieces.items() for o in offsets] + list(taken.items())
