@@ -28,7 +28,7 @@ PLANTED_BUGS = [
     ("kernels/flash_decoding_pp.py", "p_fp32 = q.dtype == torch.float16", "p_fp32 = False"),
     ("kernels/flash_decoding_pp.py", "mask_k = (offs_k < k - first)[None, :]", "mask_k = (offs_k < k)[None, :]"),
     ("kernels/flash_decoding_pp.py", "tl.store(arrived_ptr + tile, 0)", "tl.store(arrived_ptr + tile, 1)"),
-    ("kernels/flash_decoding_pp.py", "== SPLIT_K - 1:", "== 0:"),
+    ("kernels/flash_decoding_pp.py", "== SPLIT_K - 1:", "== SPLIT_K - 2:"),
     ("kernels/flash_decoding_pp.py", "for s in range(SPLIT_K):", "for s in range(SPLIT_K - 1):"),
     ("kernels/flash_decoding_pp.py", "EVEN_K=k % block_k == 0", "EVEN_K=True"),
     ("labkit/args.py", "return max(float(bounds[0]), low), min(float(bounds[1]), high)",
@@ -145,7 +145,7 @@ def test_gemv(case, device, monkeypatch):
 
 
 FLAT_CASES = (
-    (LinearCase(1, 1, 1000, BF16), None), (LinearCase(8, 130, 640, BF16), 8), (LinearCase(9, 65, 1000, F16), 8),
+    (LinearCase(1, 1, 1700, BF16), None), (LinearCase(8, 130, 640, BF16), 8), (LinearCase(9, 65, 1000, F16), 8),
     (LinearCase(3, 64, 128, F16), 16), (LinearCase(17, 70, 300, BF16), 64), (LinearCase(65, 33, 100, F32), None),
     (LinearCase(8, 40, 500, F32, strided=True), 8), (LinearCase(20, 64, 520, BF16, strided=True), None),
     (LinearCase(0, 4, 8), None), (LinearCase(4, 7, 0), None), (LinearCase(2, 3, 1, F16), 16),
