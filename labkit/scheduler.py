@@ -284,7 +284,7 @@ class Scheduler:
         newest = next(reversed(self.running.values()), None)
         if newest and newest.computed < newest.target:  # only the newest can be unfinished
             self._compute(newest, batch)
-        if batch.preempted:  # do not hand out again at once what was just taken away
+        if batch.preempted:  # the last one taken out waits in front, and needs more pages than are free
             return
         used = batch.num_tokens
         room = self.max_batch - len(self.running) - len(self._leaving) if room is None else room

@@ -35,6 +35,7 @@ class Witness:
             assert start + n <= goal, "computes a token that does not exist yet"
             ending += [id] * (start + n == goal)
         assert batch.ending == ending
+        assert not batch.preempted or all(start > 0 for _, start, _ in batch.prefill), "given away what was just taken"
         for id in batch.decode:
             self.computed[id] += 1
             assert self.computed[id] == self.requests[id].prompt_len + self.tokens[id], "a token fed twice or never"
@@ -604,7 +605,6 @@ PLANTED_BUGS = [
     ("labkit/scheduler.py", "run.computed = run.room = 0\n        run.preemptions", "run.computed = run.room = run.generated = 0\n        run.preemptions"),
     ("labkit/scheduler.py", "target = run.request.prompt_len + run.generated\n        need", "target = run.request.prompt_len\n        need"),
     ("labkit/scheduler.py", "self.waiting.move_to_end(run.id, last=False)", "pass"),
-    ("labkit/scheduler.py", "if batch.preempted:  # do not", "if False:  # do not"),
     ("labkit/scheduler.py", "victim = next(reversed(self.running.values()))", "victim = next(iter(self.running.values()))"),
     ("labkit/scheduler.py", "self.max_batch - len(self.running) - len(self._leaving)", "self.max_batch - len(self.running)"),
     ("labkit/scheduler.py", "if run.computed == run.target:\n                run.generated += 1", "if run.computed == run.target:\n                run.generated += 0"),
