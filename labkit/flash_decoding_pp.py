@@ -252,17 +252,17 @@ PUBLISHED_RANGES = {"Llama2-7B": (-16.8, 6.5), "ChatGLM2-6B": (-10.5, 13.7), "OP
 
 
 def model_scores(model, ids):
-    """The scores that a model's attention sees on a text: one sorted 1-D tensor a layer, fp32, causal pairs only.
+    """The scores that a model's attention sees on a text: a tensor [rows, T] a layer, fp32, NaN where no key is seen.
 
-    model: a `labkit.model.Llama`, or any model(ids, attend=...) that calls attend(layer, q, k, v). ids [B, T] int.
+    A row is one query of one head. model: a `labkit.model.Llama`, or any model(ids, attend=...) that calls
+    attend(layer, q, k, v). ids [B, T] int.
     """
     seen = {}
 
     def attend(layer, q, k, v):
-        group = q.shape[2] // k.shape[2]
-        x = torch.einsum("bthgd,blhd->bhgtl", q.unflatten(2, (k.shape[2], group)).float(), k.float())
+        x = torch.einsum("bthgd,blhd->bhgtl", q.unflatten(2, (k.shape[2], -1)).float(), k.float())
         keep = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
-        seen[layer] = (x[..., keep] * q.shape[-1] ** -0.5).flatten().sort().values
+        seen[layer] = (x * q.shape[-1] ** -0.5).masked_fill(~keep, math.nan).flatten(0, 3)
         return attention(q, k, v)
 
     with torch.no_grad():
@@ -270,13 +270,24 @@ def model_scores(model, ids):
     return [seen[layer] for layer in sorted(seen)]
 
 
-def score_range(scores, coverage=0.9999):
-    """(low, high): the central `coverage` of some scores lies between them. scores: sorted 1-D tensors."""
+def score_range(scores, coverage=1.0):
+    """(low, high): the central `coverage` of some scores lies between them. NaN is no score."""
     args.expect(0 < coverage <= 1, "coverage", coverage, "above 0, at most 1")
-    x = torch.cat(list(scores)).sort().values
+    x = scores[~scores.isnan()].sort().values
     args.expect(len(x) > 0, "scores", "no scores", "at least one")
     tail = int((1 - coverage) / 2 * len(x))
     return x[tail].item(), x[len(x) - 1 - tail].item()
+
+
+def rows_outside(scores, phi, bounds):
+    """Which rows of `model_scores` would be computed again, and which of these for nothing: two bool tensors [rows].
+
+    For nothing: the row's largest score is within the bounds, so the keys far below it weigh next to nothing.
+    """
+    e, (a, b) = scores - phi, bounds
+    trips = ((e <= a) | (e >= b)).any(-1)  # false for NaN
+    top = e.nan_to_num(-math.inf).amax(-1)
+    return trips, trips & (top > a) & (top < b)
 
 
 def calibrate(low, high, dtype=torch.bfloat16):

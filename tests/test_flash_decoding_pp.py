@@ -307,11 +307,24 @@ def test_scores_of_a_model():
             torch.testing.assert_close(attend(layer, q * (layer + 1), k, v), attention(q * (layer + 1), k, v))
 
     first, second = ref.model_scores(model, None)
-    want = [q[b, t, h] @ k[b, n, h // 2] / 8**0.5 for b in (0, 1) for h in range(4) for t in range(5) for n in range(t + 1)]
-    torch.testing.assert_close(first, torch.stack(want).sort().values)
-    torch.testing.assert_close(second, 2 * first)
-    assert ref.score_range([first, second], 1.0) == (second.min().item(), second.max().item())
-    assert ref.score_range([torch.arange(1000.0)], 0.99) == (5.0, 994.0)
+    assert first.shape == (2 * 4 * 5, 5)
+    want = torch.full((2, 4, 5, 5), np.nan)
+    for b, h, t, n in np.ndindex(2, 4, 5, 5):
+        if n <= t:
+            want[b, h, t, n] = q[b, t, h] @ k[b, n, h // 2] / 8**0.5
+    torch.testing.assert_close(first, want.view(40, 5), equal_nan=True)
+    torch.testing.assert_close(second, 2 * first, equal_nan=True)
+    assert ref.score_range(first) == pytest.approx((want.nan_to_num(99).min().item(), want.nan_to_num(-99).max().item()))
+    assert ref.score_range(torch.arange(1000.0), 0.99) == (5.0, 994.0)
+
+
+def test_rows_outside():
+    """Within; one key on the lower bound, for nothing; the largest key outside; all below; only the keys seen count."""
+    nan = np.nan
+    scores = torch.tensor([[4.0, 6, nan], [3, 6, 7], [9, 6, 6], [1, 2, 2], [6, nan, nan]])
+    trips, for_nothing = ref.rows_outside(scores, 6.0, (-3.0, 3.0))
+    assert trips.tolist() == [False, True, True, True, False]
+    assert for_nothing.tolist() == [False, True, False, False, False]
 
 
 def test_calibration():
