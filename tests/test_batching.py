@@ -197,6 +197,18 @@ def test_chunked_is_sarathis_algorithm_3():
     assert [b.ending for b in batches][:4] == [["a"], [], ["b", "c"], []]
 
 
+def test_decodes_stay_within_the_budget():
+    """Six run, four tokens a step: the oldest four go on, and the others get their turn when one of them is done."""
+    s = Scheduler("chunked", 99, 4, max_batch=6, max_tokens=4)
+    batches = run(s, [Request(i, 0, 1, 3) for i in range(6)])
+    assert [(len(b.prefill), b.decode) for b in batches] == [
+        (4, []), (0, [0, 1, 2, 3]), (0, [0, 1, 2, 3]), (2, []), (0, [4, 5]), (0, [4, 5]),
+    ]  # fmt: skip
+    s = Scheduler("static", 99, 4, max_batch=6, max_tokens=4)
+    batches = run(s, [Request(i, 0, 1, 3) for i in range(6)])
+    assert [b.decode for b in batches] == [[], [], [0, 1, 2, 3], [0, 1, 2, 3], [4, 5], [4, 5]]
+
+
 def test_preemption_takes_the_newest_and_keeps_its_tokens():
     """Two requests of 4 + 8 tokens in 5 pages of 4: when both need a third page, b goes, and comes back with 9."""
     s = Scheduler("continuous", 5, 4, max_batch=2, max_tokens=99, watermark=0)
