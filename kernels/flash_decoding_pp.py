@@ -233,9 +233,9 @@ def _unified_merge_kernel(
 
 
 def unified_config(dtype: torch.dtype, head_dim: int, group: int) -> dict:
-    """As `split_config`, with twice the warps where l, low and high, a number a score, would not fit registers."""
+    """As `split_config`, but with the number of warps that spills no registers with two walks in one kernel."""
     config = split_config(dtype, head_dim, group)
-    return config | {"num_warps": 8} if config["BLOCK_H"] > 16 else config
+    return config | {"num_warps": 8 if config["BLOCK_H"] * config["BLOCK_D"] > 32 * 128 else 4}
 
 
 def unified_decoding(
@@ -266,7 +266,7 @@ def unified_decoding(
     low, high = args.EXP_LIMITS[torch.float16]
     p_fp32 = q.dtype == torch.float16 and not synchronised and (bound_a < low or bound_b > high)
     group = num_q_heads // num_kv_heads
-    tiles = tiles_per_group(args.MAX_HEAD_DIM, group)  # at most 32 heads, however wide: see unified_config
+    tiles = tiles_per_group(args.MAX_HEAD_DIM, group)  # at most 32 heads, however wide
     group //= tiles
     config = unified_config(torch.float32 if p_fp32 else q.dtype, head_dim, group) | {"TILES": tiles}
     options = dict(HEAD_DIM=head_dim, P_FP32=p_fp32, SYNCHRONISED=synchronised, ONE_SPLIT=num_splits == 1)
