@@ -78,7 +78,7 @@ def _ragged_kernel(
         page = next_page
         next_page = _pages_of_tile(table_ptr, stride_tp, first + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
         key = first + offs_n
-        mask_n = (key < end) & (page >= 0) & (page < num_pages)
+        mask_n = key < tl.where((page >= 0) & (page < num_pages), end, 0)  # one page may stand for all keys
         mask_kv = mask_n[:, None] & mask_d[None, :]
         page, offset = page.to(tl.int64), key % PAGE_SIZE  # a cache may hold more than 2^31 elements
         k = tl.load(k_ptrs + (page * stride_kp + offset * stride_kn)[:, None], mask=mask_kv, other=0.0)
