@@ -70,6 +70,12 @@ def test_the_rate_rises_stays_and_falls_to_zero():
     np.testing.assert_allclose(rates[50:], np.arange(50, 0, -1) / 50)
 
 
+def test_the_rate_is_what_moves_the_weights(tmp_path):
+    model, _ = run(tmp_path, replace(RECIPE, warmup=10**9))  # rates of next to nothing
+    start = train.init(TINY, RECIPE.seed)
+    assert max((a - b).abs().max().item() for a, b in zip(model.parameters(), start.parameters())) < 1e-7
+
+
 def test_every_chunk_once_an_epoch():
     ids, r = torch.arange(1000), replace(RECIPE, length=16, batch=4)
     steps = ((1000 - 16) // 16) // 4
