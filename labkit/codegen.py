@@ -9,7 +9,6 @@ A topic declares its cases in `labkit/<topic>.py`, function `codegen_cases() -> 
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import html
 import importlib
 import importlib.metadata
@@ -150,12 +149,7 @@ def compiled(some_cases, targets=TARGETS):
     shared_limit (bytes), loads {bits: count}, wide_share, matrix {instruction: count}, dots [[m, n, k, dtype]],
     programs_per_sm (an estimate). A case that does not compile gives one dict with the key "error".
     """
-    sources = {name: source_hash(name, "labkit.codegen:_compile_case") for name in {c.function for c in some_cases}}
-    files = {
-        (target, i): _cache_file(case, target, sources[case.function])
-        for target in targets
-        for i, case in enumerate(some_cases)
-    }
+    files = {(target, i): _cache_file(case, target) for target in targets for i, case in enumerate(some_cases)}
     missing = {t: [i for i in range(len(some_cases)) if not files[t, i].exists()] for t in targets}
     errors = {}
 
@@ -187,12 +181,13 @@ def compiled(some_cases, targets=TARGETS):
     return rows
 
 
-def _cache_file(case, target, source):
-    """Where the result is kept: named by the code that it depends on, the arguments, the target and the versions."""
-    arguments = {name: str(value) for name, value in sorted(case.arguments.items())}
-    key = [case.function, arguments, source, target, *map(importlib.metadata.version, ("torch", "triton"))]
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    return CACHE / f"{case.function.replace(':', '.')}-{target}-{digest}.json"
+def _cache_file(case, target):
+    """The key: tokens of the code reached and of this file's readers, versions, target and arguments."""
+    case = dataclasses.asdict(case)
+    where = {key: case[key] for key in ("function", "arguments")}
+    versions = [importlib.metadata.version(package) for package in ("torch", "triton")]
+    source = source_hash(case["function"], "labkit.codegen:_compile_case", extra=[where, versions, target])
+    return CACHE / f"{case['function'].replace(':', '.')}-{target}-{source}.json"
 
 
 def _main():
@@ -282,9 +277,6 @@ def _compile_case(case, target, launches):
             **(_amd_facts(kernel.asm["amdgcn"]) if target.is_amd else _nvidia_facts(kernel.asm["cubin"])),
             "dots": _dots(kernel.asm["ttir"]),
         }
-        # Blackwell's instruction keeps its shape in an operand; the accumulator in Triton's IR tells it.
-        shapes = sorted(set(re.findall(r"tc_gen5_mma .*memdesc<(\d+x\d+)xf32", kernel.asm.get("ttgir", ""))))
-        row["matrix"] = {".".join([k, *shapes * k.startswith("UTC")]): n for k, n in row["matrix"].items()}
         sizes = {int(bits): int(bits) * count for bits, count in row["loads"].items()}
         row["wide_share"] = sum(v for k, v in sizes.items() if k >= 128) / max(1, sum(sizes.values()))
         row["programs_per_sm"] = _programs_per_sm(target, row)
