@@ -204,3 +204,111 @@ def ragged(q, k_pages, v_pages, block_table, q_starts, kv_lens, dtypes=FLOATS) -
         ok = starts[0] == 0 and starts == sorted(starts) and starts[-1] == num_tokens
         expect(ok, "q_starts", starts, f"0, rising, up to {num_tokens}")
     return batch, num_q_heads, num_kv_heads, max_pages, dim
+
+
+def sinks(num_sinks, window) -> None:
+    """Check the sizes of a cache with attention sinks."""
+    for name, value, least in (("num_sinks", num_sinks, 0), ("window", window, 1)):
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        expect(is_int and value >= least, name, value, f"an int >= {least}")
+
+
+def ring(q, k_ring, v_ring, seen, num_sinks, window, cos, sin, dtypes=FLOATS) -> tuple[int, int, int, int]:
+    """Check the arguments of `sink_decoding`: q [B, Hq, D]; k_ring, v_ring [B, num_sinks + window, Hkv, D]; seen [B]
+    int32; cos, sin [num_sinks + window or more, D / 2] fp32. Returns (B, Hq, Hkv, D).
+    """
+    sinks(num_sinks, window)
+    tensor("q", q, ("batch", "num_q_heads", "head_dim"), dtypes=dtypes)
+    batch, num_q_heads, dim = q.shape
+    head_dim("q", dim)
+    expect(dim % 2 == 0, "q (head_dim)", dim, "an even number, to rotate pairs")
+    size = num_sinks + window
+    tensor("k_ring", k_ring, (batch, size, "num_kv_heads", dim), like=q, dtype=q.dtype)
+    tensor("v_ring", v_ring, tuple(k_ring.shape), like=q, dtype=q.dtype)
+    num_kv_heads = k_ring.shape[2]
+    heads(num_q_heads, num_kv_heads)
+    tensor("seen", seen, (batch,), like=q, dtype=torch.int32)
+    in_range("seen", seen, 0, 2**31 - 1)
+    angles = tuple(dtype for dtype in (torch.float32, torch.float64) if dtype in dtypes)
+    for name, x in (("cos", cos), ("sin", sin)):
+        tensor(name, x, ("rows", dim // 2), like=q, dtypes=angles)
+        expect(x.shape[0] >= size, f"{name} (rows)", x.shape[0], f"at least num_sinks + window = {size}")
+    return batch, num_q_heads, num_kv_heads, dim
+
+
+def norm(x, residual, weight, dtypes=FLOATS) -> tuple[int, int]:
+    """Check the arguments of `rmsnorm` (residual None) and `add_rmsnorm`: x, residual [..., N]; weight [N].
+
+    Returns (rows, N).
+    """
+    rows, n = row_tensor("x", x, dtypes)
+    if residual is not None:
+        tensor("residual", residual, tuple(x.shape), like=x, dtype=x.dtype)
+    tensor("weight", weight, (n,), like=x, dtype=x.dtype)
+    return rows, n
+
+
+def row_tensor(name: str, x, dtypes=FLOATS) -> tuple[int, int]:
+    """Check a tensor whose last dimension is worked on: x [..., N]. Returns (rows, N)."""
+    expect(isinstance(x, torch.Tensor), name, type(x).__name__, "a tensor")
+    expect(x.dtype in dtypes, f"{name} (dtype)", x.dtype, " or ".join(map(str, dtypes)))
+    expect(x.ndim >= 1, f"{name} (shape)", tuple(x.shape), "[..., n]")
+    return math.prod(x.shape[:-1]), x.shape[-1]
+
+
+def rope(q, k, cos, sin, dtypes=FLOATS) -> tuple[int, int, int]:
+    """Check the arguments of `rope`: q [..., len, Hq, D], k [..., len, Hkv, D]; cos, sin [len, D/2] or
+    [..., len, D/2], fp32 or q's dtype. Returns (batch, len, D), the leading dimensions being one batch.
+    """
+    row_tensor("q", q, dtypes)
+    expect(q.ndim >= 3, "q (shape)", tuple(q.shape), "[..., len, num_q_heads, head_dim]")
+    *lead, length, _, dim = q.shape
+    head_dim("q", dim)
+    expect(dim % 2 == 0, "q (head_dim)", dim, "an even number")
+    tensor("k", k, (*lead, length, "num_kv_heads", dim), like=q, dtype=q.dtype)
+    for name, x in {"cos": cos, "sin": sin}.items():
+        expect(isinstance(x, torch.Tensor), name, type(x).__name__, "a tensor")
+        angles(name, x, (length,) if x.ndim == 2 else (*lead, length), q, dim)
+    expect(cos.shape == sin.shape, "sin (shape)", tuple(sin.shape), str(tuple(cos.shape)))
+    return math.prod(lead), length, dim
+
+
+def angles(name, x, shape, q, dim) -> None:
+    """cos or sin [*shape, dim/2], fp32 or q's dtype (or fp64, which only the references meet)."""
+    tensor(name, x, (*shape, dim // 2), like=q, dtypes=(torch.float32, torch.float64, q.dtype))
+
+
+def rope_write_kv(qkv, bias, cos, sin, k_pages, v_pages, slots, dtypes=FLOATS) -> tuple[int, int, int, int]:
+    """Check the arguments of `rope_write_kv`: qkv [N, (Hq + 2 Hkv) D]; bias as wide or None; cos, sin [N, D/2];
+    k_pages, v_pages [P, page_size, Hkv, D]; slots [N] int64. Returns (N, Hq, Hkv, D).
+    """
+    tensor("qkv", qkv, ("tokens", "(num_q_heads + 2 num_kv_heads) head_dim"), dtypes=dtypes)
+    num_tokens, width = qkv.shape
+    num_pages, page_size, num_kv_heads, dim = pages(k_pages, v_pages, qkv)
+    head_dim("k_pages", dim)
+    expect(dim % 2 == 0, "k_pages (head_dim)", dim, "an even number")
+    num_q_heads = width // dim - 2 * num_kv_heads
+    ok = width % dim == 0 and num_kv_heads > 0 and num_q_heads > 0
+    expect(ok, "qkv (width)", width, f"(num_q_heads + 2 * {num_kv_heads}) * {dim}")
+    if bias is not None:
+        tensor("bias", bias, (width,), like=qkv, dtype=qkv.dtype)
+    angles("cos", cos, (num_tokens,), qkv, dim)
+    angles("sin", sin, (num_tokens,), qkv, dim)
+    tensor("slots", slots, (num_tokens,), like=qkv, dtype=torch.int64)
+    if slots.numel() and checks_values(slots):
+        top = int(slots.max())  # a negative one is skipped
+        expect(top < num_pages * page_size, "slots", f"values up to {top}", f"below {num_pages * page_size}")
+    return num_tokens, num_q_heads, num_kv_heads, dim
+
+
+def gate_up(x, gate_weight, up_weight, norm_weight, dtypes=FLOATS) -> tuple[int, int, int]:
+    """Check the arguments of `gate_up_swiglu`: x [..., K]; gate_weight, up_weight [N, K]; norm_weight [K] or None.
+
+    Returns (rows, N, K).
+    """
+    m, k = row_tensor("x", x, dtypes)
+    tensor("gate_weight", gate_weight, ("n", k), like=x, dtype=x.dtype)
+    tensor("up_weight", up_weight, tuple(gate_weight.shape), like=x, dtype=x.dtype)
+    if norm_weight is not None:
+        tensor("norm_weight", norm_weight, (k,), like=x, dtype=x.dtype)
+    return m, gate_weight.shape[0], k
