@@ -39,8 +39,9 @@ def _watch(module: str, helper: str, function: str, arguments: dict):
         return outputs
 
     setattr(room, helper, watched)
+    home, _, name = function.rpartition(":")
     try:
-        result = getattr(room, function)(**arguments)
+        result = getattr(importlib.import_module(home or module), name)(**arguments)
     finally:
         setattr(room, helper, real)
     return result, steps
@@ -51,7 +52,9 @@ def _child(queue, *job) -> None:
 
 
 def watch(module: str, helper: str, function: str, arguments: dict):
-    """Call module.function(**arguments) (CPU tensors) and record every call of the jit function `helper`.
+    """Call module.function(**arguments) (CPU tensors) and record every call of the jit function `module`.helper.
+
+    function: a name in `module`, or "other.module:name" where another file launches this one's kernels.
 
     Returns (what the function returned, list of Step in the order of execution: the interpreter runs one program
     after the other). Where kernels are compiled, this runs in a process of its own in which they are interpreted.
