@@ -6,6 +6,7 @@ the model goes on with its own training for a few percent of its steps ("uptrain
 
 import copy
 import hashlib
+import shutil
 import tempfile
 from dataclasses import asdict, replace
 from itertools import product
@@ -84,19 +85,8 @@ ALPHA = 0.05  # share of the teacher's steps
 UPTRAINING = train.Recipe(seed=1, steps=round(ALPHA * train.Recipe.steps), warmup=5, cooldown=1.0)
 RUNS = ((8, "mean"), (4, "mean"), (2, "mean"), (1, "mean"), (1, "first"), (1, "random"))  # 8: the teacher, the control
 POINTS = 6  # of the curve
-CURVE_TEXT, EVAL_TEXT = 32 * 256, 256 * 256  # ids of the held-out text for a point of the curve, and before and after
+CURVE_TEXT, EVAL_TEXT = 32 * 256, 128 * 256  # ids of the held-out text for a point of the curve, and before and after
 SLICE_STEPS = 2
-
-
-def uptrain(model, ids, held_out, *, recipe=None, every=None, until=None):
-    """Train the model in place on ids [n]. Returns [[step, training and held-out bits per byte, seconds]].
-
-    recipe: default UPTRAINING. every: steps between two points, default a POINTS-th of them. until: stop there.
-    """
-    recipe = recipe or UPTRAINING
-    every = every or recipe.steps // POINTS
-    with tempfile.TemporaryDirectory() as work:
-        return train.train(model, recipe, ids, held_out, Path(work), every=every, until=until)
 
 
 def converted_slice(num_kv_heads, how="mean") -> dict:
@@ -107,7 +97,9 @@ def converted_slice(num_kv_heads, how="mean") -> dict:
     text = corpus.read("held_out", [train.SLICE])
     model = convert(Llama.from_pretrained(TEACHER), num_kv_heads, how)
     before = train.bits_per_byte(model, text)
-    ((_, _, after, _),) = uptrain(model, corpus.read("train"), text, every=SLICE_STEPS, until=SLICE_STEPS)
+    with tempfile.TemporaryDirectory() as work:
+        options = dict(every=SLICE_STEPS, until=SLICE_STEPS)
+        ((_, _, after, _),) = train.train(model, UPTRAINING, corpus.read("train"), text, Path(work), **options)
     return {"converted": before, "uptrained": after}
 
 
@@ -130,11 +122,14 @@ def study(seed) -> dict:
     for heads, how in RUNS:
         model = convert(teacher, heads, how, seed=seed)
         before = train.bits_per_byte(model, held_out)
-        curve = [[0, None, train.bits_per_byte(model, short), 0], *uptrain(model, ids, short, recipe=recipe)]
+        work = train.WORK / f"gqa-{seed}" / f"{heads}-{how}"  # an interrupted study goes on from there
+        curve = [[0, None, train.bits_per_byte(model, short), 0]]
+        curve += train.train(model, recipe, ids, short, work, every=recipe.steps // POINTS)
         after = train.bits_per_byte(model, held_out)
         parameters = sum(p.numel() for p in model.parameters())
         runs.append(dict(heads=heads, how=how, parameters=parameters, curve=curve, before=before, after=after))
         print(f"{heads} KV heads, {how}: {before:.4f} bits per byte, after uptraining {after:.4f}", flush=True)
+    shutil.rmtree(train.WORK / f"gqa-{seed}")
     return dict(
         recipe=asdict(recipe),
         teacher_steps=train.Recipe.steps,

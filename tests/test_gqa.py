@@ -328,10 +328,13 @@ def small_study(tmp_path, monkeypatch):
     train.init(config, 0).save_pretrained(tmp_path)
     text = torch.tensor(corpus.encode("def keep(x):\n    return x\n\n") * 60)
     monkeypatch.setattr(conversion, "TEACHER", tmp_path)
+    monkeypatch.setattr(conversion.train, "WORK", tmp_path / "work")
     monkeypatch.setattr(conversion.corpus, "read", lambda split, names=None: text[:1600] if split == "train" else text[:300])
     monkeypatch.setattr(conversion, "UPTRAINING", replace(conversion.UPTRAINING, steps=2, batch=2, warmup=1))
     monkeypatch.setattr(conversion, "POINTS", 2)
-    return conversion.study(0)
+    study = conversion.study(0)
+    assert not list((tmp_path / "work").iterdir())  # nothing is left that a later study would go on from
+    return study
 
 
 def test_study(small_study):
