@@ -1,0 +1,365 @@
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+
+import kernels.attention
+import kernels.streaming_llm as sl
+from labkit import streaming_llm as ref
+from labkit.attention import attention, decode_attention
+from labkit.check import assert_matches, randn
+from labkit.model import Config, Llama, rotate
+from labkit.streaming_llm import SinkCache, Stream
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+
+
+def angles(rows, head_dim):
+    angle = torch.arange(rows)[:, None] * 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
+    return angle.cos(), angle.sin()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A decode step on rings. Slots that hold nothing and angles beyond num_sinks + window are NaN."""
+
+    name: str
+    seen: tuple[int, ...]
+    num_sinks: int = 4
+    window: int = 60
+    num_q_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    dtype: torch.dtype = F32
+    num_splits: int | None = 2
+    sm_scale: float | None = None
+    strided: bool = False
+
+    def tensors(self, device):
+        """The arguments of sink_decoding but for num_splits: (q, k_ring, v_ring, seen), {the rest}."""
+        rng, batch, size = np.random.default_rng(0), len(self.seen), self.num_sinks + self.window
+        q = randn(rng, batch, self.num_q_heads, self.head_dim, dtype=self.dtype, device=device)
+        shape = (batch, size, self.num_kv_heads, self.head_dim)
+        k, v = (randn(rng, *shape, dtype=self.dtype, device=device) for _ in "kv")
+        for b, n in enumerate(self.seen):
+            k[b, max(n, 0) :] = v[b, max(n, 0) :] = float("nan")
+        rows = torch.full((2, 3, self.head_dim // 2), float("nan"))
+        cos, sin = (torch.cat(pair).to(device) for pair in zip(angles(size, self.head_dim), rows))
+        if self.strided:  # other strides everywhere, NaN in between
+            q, k, v, cos, sin = (spread(x) for x in (q, k, v, cos, sin))
+        seen = torch.tensor(self.seen, dtype=torch.int32, device=device)
+        sizes = dict(num_sinks=self.num_sinks, window=self.window, sm_scale=self.sm_scale)
+        return (q, k, v, seen), sizes | dict(cos=cos, sin=sin)
+
+
+def spread(x):
+    wide = torch.full((*x.shape[:-2], 2 * x.shape[-1], x.shape[-2]), float("nan"), dtype=x.dtype, device=x.device)
+    return wide.transpose(-1, -2)[..., ::2].copy_(x)
+
+
+CASES = (
+    Case("before, at and after the first eviction", (63, 64, 65), dtype=BF16),
+    Case("nothing seen, one token, a full turn", (0, 1, 124), dtype=F16),
+    Case("only sinks are there yet", (3, 4, 5), window=40),
+    Case("no sinks, group 8", (200, 31), num_sinks=0, window=129, num_q_heads=8, num_kv_heads=1, dtype=BF16),
+    Case("the window is a single token", (1, 7, 9), num_sinks=6, window=1, dtype=F32),
+    Case("head_dim 128, three splits", (1000, 257), window=250, head_dim=128, dtype=BF16, num_splits=3),
+    Case("head_dim 256, group 8", (150,), num_sinks=1, window=100, num_q_heads=8, num_kv_heads=1, head_dim=256, dtype=F16),
+    Case("head_dim 80", (300, 70), num_sinks=5, window=91, head_dim=80, dtype=F32, num_splits=1),
+    Case("head_dim 96, MHA", (129, 128), window=127, num_kv_heads=4, head_dim=96, dtype=BF16),
+    Case("head_dim 32, as our model", (10_000,), num_sinks=1, window=127, num_q_heads=8, num_kv_heads=8, head_dim=32),
+    Case("head_dim 6", (9,), num_sinks=2, window=5, head_dim=6, dtype=F32, num_splits=1),
+    Case("group 64", (190,), num_q_heads=64, num_kv_heads=1, dtype=BF16, num_splits=1),
+    Case("group 48 of wide heads", (61,), num_q_heads=48, num_kv_heads=1, head_dim=160, dtype=BF16),
+    Case("group 6", (100, 99), num_q_heads=12, dtype=F16, num_splits=3),
+    Case("more splits than tiles", (5, 300), num_splits=9),
+    Case("strided fp32", (100, 20), strided=True),
+    Case("strided bf16, default splits", (64, 4000), strided=True, dtype=BF16, head_dim=128, num_splits=None),
+    Case("other scale", (90,), sm_scale=0.7, num_splits=1),
+    Case("two billion tokens", (2**31 - 1, 2**31 - 60), num_sinks=3, window=77, dtype=F16),
+    Case("no batch", ()),
+)  # fmt: skip
+
+
+def nan_in_fresh_memory(monkeypatch):
+    """An output that a kernel forgets to write is NaN, not a lucky leftover."""
+    empty, empty_like = torch.empty, torch.empty_like
+    fill = lambda x: x.fill_(float("nan")) if x.is_floating_point() else x  # noqa: E731
+    monkeypatch.setattr(torch, "empty", lambda *a, **kw: fill(empty(*a, **kw)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **kw: fill(empty_like(*a, **kw)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_kernel(case, device, monkeypatch):
+    nan_in_fresh_memory(monkeypatch)
+    inputs, options = case.tensors(device)
+    got = sl.sink_decoding(*inputs, **options, num_splits=case.num_splits)
+    assert_matches(got, ref.sink_decoding, *inputs, **options)
+
+
+def test_negative_seen_is_no_token(device, monkeypatch):
+    """Where values are not looked at, as on a GPU: it counts as 0."""
+    monkeypatch.setattr("labkit.args.checks_values", lambda x: False)
+    inputs, options = Case("", (0, 70)).tensors(device)
+    negative = torch.tensor([-5, 70], dtype=torch.int32, device=device)
+    got = sl.sink_decoding(*inputs[:3], negative, **options)
+    assert_matches(got, ref.sink_decoding, *inputs, **options)
+
+
+def kept_tokens(seen, num_sinks, window):
+    """The method in one line: which tokens are visible, the current one (the last of `seen`) included."""
+    return [i for i in range(seen) if i < num_sinks or i >= seen - window]
+
+
+@pytest.mark.parametrize("num_sinks, window", [(4, 5), (0, 3), (2, 1), (1, 20)])
+def test_ring_and_reference_are_the_definition(num_sinks, window):
+    """Token by token: what SinkCache holds and sink_decoding computes is attention over the visible tokens, rotated
+    to 0..n-1, whatever the ring looks like. View and ring agree."""
+    rng = np.random.default_rng(1)
+    k, v, q = randn(rng, 2, 30, 2, 8), randn(rng, 2, 30, 2, 8), randn(rng, 2, 30, 4, 8)
+    cos, sin = angles(num_sinks + window, 8)
+    cache = SinkCache(num_sinks, window)
+    for seen in range(1, 31):
+        cache.append(k[:, seen - 1 : seen], v[:, seen - 1 : seen])
+        kept = kept_tokens(seen, num_sinks, window)
+        n = len(kept)
+        assert len(cache) == n <= num_sinks + window
+        got_k, got_v, positions = cache.view()
+        assert positions.tolist() == list(range(n))
+        assert torch.equal(got_k, k[:, kept])
+        assert torch.equal(got_v, v[:, kept])
+        rotated = rotate(k[:, kept], cos[:n], sin[:n])
+        want = decode_attention(
+            rotate(q[:, [seen - 1]], cos[n - 1 : n], sin[n - 1 : n])[:, 0], rotated, v[:, kept],
+            torch.tensor([n, n], dtype=torch.int32),
+        )  # fmt: skip
+        counts = torch.tensor([seen, seen], dtype=torch.int32)
+        options = dict(num_sinks=num_sinks, window=window, cos=cos, sin=sin)
+        got = ref.sink_decoding(q[:, seen - 1], cache.k, cache.v, counts, **options)
+        torch.testing.assert_close(got, want)
+
+
+def numbered(first, count):
+    """Keys that say which token they are; values are the negative."""
+    k = torch.arange(first, first + count, dtype=F32).view(1, count, 1, 1)
+    return k, -k
+
+
+def test_positions_follow_the_papers_example():
+    """Figure 4: the cache holds tokens 0, 1, 2, 3, 6, 7, 8 while token 9 is decoded: positions 0 to 7, not 0 to 9."""
+    cache = SinkCache(num_sinks=4, window=4)
+    for i in range(10):
+        cache.append(*numbered(i, 1))
+    k, v, positions = cache.view()
+    assert k.flatten().tolist() == [0, 1, 2, 3, 6, 7, 8, 9]
+    assert v.flatten().tolist() == [0, -1, -2, -3, -6, -7, -8, -9]
+    assert positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert cache.k.flatten().tolist() == [0, 1, 2, 3, 8, 9, 6, 7]  # the ring: only slots were overwritten
+    assert ref.ring_positions(torch.tensor([10]), 4, 4).tolist() == [[0, 1, 2, 3, 6, 7, 4, 5]]
+
+
+def test_a_step_moves_nothing():
+    """One slot changes; the memory stays the same from the first token on."""
+    cache = SinkCache(2, 5)
+    cache.append(*numbered(0, 1))
+    where = cache.k.data_ptr(), cache.v.data_ptr()
+    for i in range(1, 40):
+        before = cache.k.clone()
+        cache.append(*numbered(i, 1))
+        assert (cache.k != before).flatten().nonzero().flatten().tolist() == [cache.slot(i)]
+        assert (cache.k.data_ptr(), cache.v.data_ptr()) == where
+
+
+def test_random_operations_against_a_list():
+    """Appends of any size and evictions, against a list of numbers that is cut by the paper's rule."""
+    rng = np.random.default_rng(3)
+    for _ in range(60):
+        num_sinks, window = int(rng.integers(0, 5)), int(rng.integers(1, 8))
+        cache, held, token = SinkCache(num_sinks, window), [], 0
+        for _ in range(30):
+            n = int(rng.integers(1, 2 * window + 4))
+            if rng.random() < 0.3 and n <= num_sinks + window - min(len(held), num_sinks):
+                cache.evict_for_space(n)
+                excess = max(0, len(held) + n - num_sinks - window)
+                held = held[:num_sinks] + held[num_sinks + excess :]
+            else:
+                cache.append(*numbered(token, n))
+                held, token = held + list(range(token, token + n)), token + n
+                held = held[:num_sinks] + held[max(num_sinks, len(held) - window) :]
+            assert len(cache) == len(held)
+            if token:
+                k, v, positions = cache.view()
+                assert k.flatten().tolist() == held
+                assert v.flatten().tolist() == [-x for x in held]
+                assert positions.tolist() == list(range(len(held)))
+                in_ring = cache.k.flatten()[[cache.slot(i) for i in kept_tokens(cache.seen, num_sinks, window)]]
+                assert in_ring.tolist() == held  # so sink_decoding, which knows only `seen`, reads the same
+
+
+def test_official_sizes():
+    """The official cache evicts after the step: with (start_size, recent_size) a token sees start + recent + 1 keys."""
+    start, recent = 2, 3
+    past, cache = [], SinkCache(start, recent + 1)
+    for i in range(12):
+        past = past + [i]  # the step attends to all of these
+        cache.append(*numbered(i, 1))
+        assert cache.view()[0].flatten().tolist() == past
+        if len(past) > start + recent:
+            past = past[:start] + past[-recent:]
+
+
+def test_failed_calls_change_nothing():
+    cache = SinkCache(1, 4)
+    for call in (cache.view, lambda: cache.append(torch.zeros(1, 2, 1), torch.zeros(1, 2, 1))):
+        with pytest.raises(ValueError, match=r"got .* expected "):
+            call()
+    assert len(cache) == 0
+    assert cache.k is None
+    cache.append(*numbered(0, 7))
+    k, v = numbered(7, 1)
+    for name, bad in {
+        "k": (k.double(), v.double()), "v": (k, v.double()), "k (shape)": (k.repeat(2, 1, 1, 1), v),
+        "v (shape)": (k, v[:, :0]),
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{name.split()[0]}\\b.*got .* expected "):
+            cache.append(*bad)
+    for n in (-1, 5, 2.0, True):
+        with pytest.raises(ValueError, match=r"^n: got .* expected "):
+            cache.evict_for_space(n)
+    assert cache.view()[0].flatten().tolist() == [0, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("sizes, name", [((-1, 4), "num_sinks"), ((1, 0), "window"), ((1.0, 2), "num_sinks"), ((1, True), "window")])
+def test_sizes_are_checked(sizes, name):
+    with pytest.raises(ValueError, match=f"^{name}: got .* expected "):
+        SinkCache(*sizes)
+
+
+GOOD = dict(q=(2, 4, 8), k_ring=(2, 7, 2, 8), v_ring=(2, 7, 2, 8), seen=torch.tensor([3, 20], dtype=torch.int32))
+GOOD |= dict(num_sinks=2, window=5, cos=(7, 4), sin=(9, 4))
+BAD = {
+    "q: two dimensions": ("q", dict(q=(4, 8))),
+    "q: integers": ("q", dict(q=torch.zeros(2, 4, 8, dtype=torch.int32))),
+    "q: odd head_dim": ("q", dict(q=(2, 4, 9), k_ring=(2, 7, 2, 9), v_ring=(2, 7, 2, 9), cos=(7, 4), sin=(7, 4))),
+    "heads do not divide": ("q", dict(q=(2, 5, 8))),
+    "k_ring: other size": ("k_ring", dict(k_ring=(2, 8, 2, 8), v_ring=(2, 8, 2, 8))),
+    "k_ring: other dtype": ("k_ring", dict(k_ring=torch.zeros(2, 7, 2, 8, dtype=F16))),
+    "v_ring: other heads": ("v_ring", dict(v_ring=(2, 7, 1, 8))),
+    "seen: int64": ("seen", dict(seen=torch.tensor([3, 4]))),
+    "seen: negative": ("seen", dict(seen=torch.tensor([3, -4], dtype=torch.int32))),
+    "cos: too few rows": ("cos", dict(cos=(6, 4))),
+    "sin: whole head": ("sin", dict(sin=(7, 8))),
+    "sin: bf16": ("sin", dict(sin=torch.zeros(7, 4, dtype=BF16))),
+    "num_sinks: float": ("num_sinks", dict(num_sinks=2.0)),
+    "window: zero": ("window", dict(window=0)),
+}
+
+
+@pytest.mark.parametrize("function", [sl.sink_decoding, ref.sink_decoding], ids=["kernel", "reference"])
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(case, function, device, monkeypatch):
+    monkeypatch.setenv("LAB_CHECK", "1")  # look at values also where they live on a GPU
+    name, changed = BAD[case]
+    given = {n: torch.zeros(x) if isinstance(x, tuple) else x for n, x in (GOOD | changed).items()}
+    given = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in given.items()}
+    tensors = [given.pop(n) for n in ("q", "k_ring", "v_ring", "seen")]
+    with pytest.raises(ValueError, match=f"^{name}\\b.*got .* expected "):
+        function(*tensors, **given)
+
+
+# ---- in a model
+
+CONFIG = Config(
+    vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+def small_model(num_layers=2):
+    torch.manual_seed(0)
+    model = Llama(replace(CONFIG, num_hidden_layers=num_layers)).double()
+    for p in model.parameters():  # large enough for attention to matter
+        p.data = p.data * (4 if p.dim() == 2 else 1)
+    return model
+
+
+def ids(n, seed=0, batch=1):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 50, (batch, n)))
+
+
+def steps(stream, text):
+    return torch.cat([stream(text[:, i : i + 1]) for i in range(text.shape[1])], dim=1)
+
+
+@pytest.mark.parametrize("num_sinks, window", [(4, 9), (0, 13), (12, 1)])
+def test_the_first_steps_equal_dense_attention(num_sinks, window):
+    """Until something is evicted nothing is different; with the first eviction it is."""
+    model, text = small_model(), ids(20)
+    dense, got = model(text), steps(Stream(model, num_sinks, window), text)
+    n = num_sinks + window
+    torch.testing.assert_close(got[:, :n], dense[:, :n])
+    assert (got[:, n] - dense[:, n]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_recomputation_is_equalled_by_one_layer_only(num_layers):
+    """Read the visible tokens afresh. One layer: the same, since its keys and values depend on their token alone. Two:
+    the second layer's keys and values were made when tokens now gone were still visible."""
+    model, text = small_model(num_layers), ids(25)
+    got = steps(Stream(model, 3, 6), text)[:, -1]
+    again = model(text[:, kept_tokens(25, 3, 6)])[:, -1]
+    if num_layers == 1:
+        torch.testing.assert_close(got, again)
+    else:
+        assert (got - again).abs().max() > 1e-3
+
+
+def test_a_prompt_goes_in_at_once():
+    """As long as nothing is evicted a prompt is the same as its tokens one by one."""
+    model, text = small_model(), ids(14, batch=3)
+    one_by_one, at_once = Stream(model, 4, 20), Stream(model, 4, 20)
+    want = steps(one_by_one, text)
+    got = torch.cat([at_once(text[:, a:b]) for a, b in ((0, 6), (6, 7), (7, 14))], dim=1)
+    torch.testing.assert_close(got, want)
+    assert len(at_once) == len(one_by_one) == 14
+    assert at_once.num_bytes == 2 * 2 * 24 * 3 * 2 * 8 * 8  # layers, k and v, slots, batch, KV heads, head_dim, fp64
+
+
+def test_a_prompt_is_given_room():
+    """Tokens that come together see what was kept for them and each other: evict_for_space, then no eviction."""
+    model, text = small_model(1), ids(30)
+    stream = Stream(model, 2, 10)
+    steps(stream, text[:, :25])
+    got = stream(text[:, 25:])  # the window keeps 10 - 5 tokens
+    visible = [0, 1, *range(20, 30)]
+    torch.testing.assert_close(got, model(text[:, visible])[:, -5:])
+    assert len(stream) == 12
+    with pytest.raises(ValueError, match=r"^n: got 11, expected "):
+        stream(text[:, :11])
+
+
+def test_stream_on_the_kernels(device):
+    """The same stream with both kernels in place of the references, a prompt in the middle."""
+    model, text = small_model().float().to(device), ids(12).to(device)
+
+    def logits(**ops):
+        stream = Stream(model, 2, 4, **ops)
+        return torch.cat([steps(stream, text[:, :7]), stream(text[:, 7:10]), steps(stream, text[:, 10:])], dim=1)
+
+    got = logits(decode=sl.sink_decoding, prefill=kernels.attention.attention)
+    torch.testing.assert_close(got, logits(), atol=1e-4, rtol=1e-4)
+
+
+def test_prefill_mask_is_what_a_cache_with_original_positions_keeps(device):
+    """The prefill kernel with window and num_sinks: each query sees the tokens that a SinkCache would hold."""
+    rng = np.random.default_rng(5)
+    q, k, v = randn(rng, 1, 40, 4, 16, device=device), *(randn(rng, 1, 40, 2, 16, device=device) for _ in "kv")
+    got = kernels.attention.attention(q, k, v, window=9, num_sinks=3)
+    assert_matches(got, attention, q, k, v, window=9, num_sinks=3)
+    cache = SinkCache(3, 9)
+    for i in range(40):
+        cache.append(k[:, i : i + 1], v[:, i : i + 1])
+        held_k, held_v, positions = cache.view()
+        n = torch.tensor([len(positions)], dtype=torch.int32, device=device)
+        torch.testing.assert_close(got[:, i], decode_attention(q[:, i], held_k, held_v, n)[0])
