@@ -11,7 +11,7 @@ from torch import nn
 
 import kernels.flash_decoding as fd
 import kernels.gqa as gqa
-from labkit import conversion, corpus, trace, train
+from labkit import bench, conversion, corpus, record, trace, train
 from labkit import gqa as ref
 from labkit.attention import decode_attention
 from labkit.check import DECODE_CASES, DecodeCase, assert_matches, randn
@@ -105,6 +105,20 @@ def test_watch_finds_the_function_elsewhere():
     assert all(np.array_equal(a.inputs[2], b.inputs[2]) for a, b in zip(here, there))
 
 
+def test_reads_player_shows_the_runs():
+    """Two KV heads of three tiles, group 4: the last frame has every tile loaded once, and four times."""
+    problem = ref.traced_problem((90,))
+    walks = {name: ref.watch("gqa_decoding", problem | dict(num_splits=1, heads=h))[1] for name, h in (("A", 1), ("B", None))}
+    assert (len(walks["A"]), len(walks["B"])) == (24, 6)
+    html = ref.reads_player(problem, walks).html
+    for text in (
+        "A: program 7 (query heads 7) loads KV head 1.", "B: program 1 (query heads 4-7) loads KV head 1.",
+        "A: program 3 (query heads 3) loads KV head 0.", "B: done.", "4x", "92,160", "23,040",
+    ):  # fmt: skip
+        assert text in html, text
+    assert "5x" not in html
+
+
 # ---- sizes
 
 
@@ -186,6 +200,47 @@ def test_intensity_is_the_group_in_16_bits():
     assert ref.intensity(64, 8, torch.float32) == 4
     with pytest.raises(ValueError, match=r"^q \(heads\): got 32 query heads for 5"):
         ref.intensity(32, 5, torch.bfloat16)
+
+
+def test_sizes_players():
+    """Llama-3-8B by hand, and what the player and the live cell's callback say of it."""
+    table = ref.sizes("Llama-3-8B", 8192, 16, "H200")
+    assert table["KV heads"] == [32, 8, 1]
+    assert table["one token"] == ["524 kB", "131 kB", "16 kB"]
+    assert table["KV cache"][1] == "17.2 GB"  # 16 * 8192 * 131,072 bytes
+    assert table["largest batch"][1] == f"{int((0.9 * 141e9 - 2 * 8_030_261_248) / (8192 * 131_072)):,}"
+    assert table["decode floor"][1] == "6.9 ms"  # (16.06 + 17.18) GB at 4.8 TB/s
+    assert ref.sizes("Llama-2-70B", 2048, 1, "A100 80GB")["decode floor"] == 3 * ["does not fit"]
+    html = ref.sizes_player().html
+    assert "Llama-3-8B, 16 x 8,192 tokens on H200: 32 query heads on 8." in html
+    assert "17.2 GB" in html
+    said = ref.try_sizes("Llama-3-8B", 4, 8192, 16)
+    assert said.startswith("Llama-3-8B with 8 KV heads: 131 kB a token, 17.2 GB for 16 x 8,192; up to 103 sequences")
+    assert said.endswith("a step takes at least 6.93 ms")
+    assert "that does not fit" in ref.try_sizes("Llama-2-70B", 1, 8192, 16)
+    assert "with 1 KV heads" in ref.try_sizes("Falcon-7B", 71, 2048, 1)
+
+
+def test_benchmark_cases():
+    """Unique names, the same small and large; bytes are those of one read of K, V and q and one write of o."""
+    cases = bench.topic_cases("gqa")
+    assert [case.name for case in cases] == [case.name for case in bench.topic_cases("gqa", tiny=True)]
+    by_name = {case.name: case for case in cases}
+    assert by_name["B=16 L=4096, 8 KV heads"].bytes == 2 * 2 * 16 * 128 * (4096 * 8 + 32)
+    prefill = by_name["prefill, 8 KV heads"]
+    assert prefill.bytes == 2 * 2 * 2048 * 128 * (8 + 32)
+    assert prefill.flops == 4 * 32 * 128 * sum(range(1, 2049))
+
+
+def test_peers_of_this_topic(device):
+    """repeat_kv and causal SDPA on small inputs, in every section that times them."""
+    sections = {case.section: case for case in bench.topic_cases("gqa", tiny=True)}
+    machine = bench.Machine(device, record.stamp(device))
+    for case in sections.values():
+        own = {name: peer for name, peer in case.peers.items() if name in ("SDPA flash", "SDPA flash, repeated")}
+        verdicts = {row.provider: row.verdict for row in bench.measure("gqa", replace(case, peers=own), gqa, machine)}
+        assert set(own) < set(verdicts)
+        assert all(verdict.startswith("ok") for verdict in verdicts.values()), verdicts
 
 
 # ---- conversion
