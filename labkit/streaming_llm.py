@@ -173,6 +173,13 @@ class Stream:
         return self.model(ids, positions, attend)
 
 
+def experiments():
+    """The long CPU experiments of the topic."""
+    from labkit import streams  # which imports this file
+
+    return streams.experiments()
+
+
 # --- what the compiler makes of it
 
 
