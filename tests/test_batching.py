@@ -156,6 +156,16 @@ def test_static_forms_its_batch_in_several_steps():
     assert [ids(b) for b in batches][:3] == [(["a", "b"], []), (["c"], []), ([], ["b", "c"])]
 
 
+def test_static_takes_nobody_in_once_it_decodes():
+    """c comes when a and b decode; there is room for it, but the batch is closed."""
+    s = Scheduler("static", 99, 4, max_batch=3, max_tokens=99)
+    for request in (Request("a", 0, 4, 3), Request("b", 0, 2, 3)):
+        s.add(request)
+    assert [ids(s.step()) for _ in range(2)] == [(["a", "b"], []), ([], ["a", "b"])]
+    s.add(Request("c", 0, 3, 2))
+    assert [ids(s.step()) for _ in range(2)] == [([], ["a", "b"]), (["c"], [])]
+
+
 def test_dynamic_waits_for_the_window():
     s = Scheduler("dynamic", 99, 4, max_batch=2, max_tokens=99, window=0.5)
     s.add(Request("a", 1.0, 4, 1))
@@ -253,6 +263,14 @@ def test_reservations(reserve, pages):
         s.add(Request(0, 0, 5, 13, 5))
         s.step()
         assert s.pages_used == 16
+
+
+def test_a_power_of_two_is_reserved_as_it_is():
+    """5 tokens of prompt and 8 of output are 13: four pages of 4, not the 21 of the next power of two."""
+    s = Scheduler("continuous", 50, 4, max_batch=9, max_tokens=99, reserve="pow2")
+    s.add(Request(0, 0, 5, 8, 8))
+    s.step()
+    assert s.pages_used == 4
 
 
 def test_too_long_is_refused_and_blocks_nobody():

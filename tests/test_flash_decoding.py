@@ -212,7 +212,6 @@ PLANTED_BUGS = [
     ("kernels/_tile.py", "return acc / l[:, None], (m + tl.log2(l)) * LN2", "return acc / l[:, None], m + tl.log2(l)"),
     ("labkit/flash_decoding.py", "op=dist.ReduceOp.MAX, ", ""),
     ("labkit/flash_decoding.py", "(kv_lens - rank * per_rank)", "kv_lens"),
-    ("labkit/splits.py", "n > 1 and math.ceil", "n > 2 and math.ceil"),
     ("labkit/splits.py", "0.85 * best", "0.9 * best"),
     ("labkit/splits.py", "f32(0.8) * f32(num_sms)", "f32(0.9) * f32(num_sms)"),
     ("labkit/args.py", "low <= got[0] and got[1] <= high", "low <= got[0]"),
