@@ -130,6 +130,11 @@ class BlockPool:
         args.expect(ok, "num_tokens", num_tokens, f"an int from 0 to {len(sequence.tokens)}")
         self._publish(sequence, num_tokens)
 
+    def forget_prefixes(self) -> None:
+        """Nothing is cached any more: no page that holds tokens now will be found again."""
+        self._page_of.clear()
+        self._hash_of.clear()
+
     # ---- what is where
 
     def table(self, seq_id) -> list[int]:

@@ -10,6 +10,7 @@ of them yields its first token. Every later step yields one more (decode), and n
 A policy is a short function that fills a `Batch`. All of them are first come, first served: nobody overtakes.
 """
 
+import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -197,8 +198,9 @@ class Scheduler:
         self.running: OrderedDict[Hashable, _Run] = OrderedDict()  # the newest last
         self.finished: list[Hashable] = []
         self._runs: dict[Hashable, _Run] = {}
+        self._numbers = itertools.count()
         self._leaving: list[_Run] = []  # finished by the last step, their pages still in use
-        self._prefilled: list[tuple[Hashable, int, int]] = []  # by the last step
+        self._last = Batch()  # what the last step computes
         self.forming, self.rows = False, 0  # of the static policies: is the batch still open, how many rows has it
 
     # ---- requests come and go
@@ -207,9 +209,9 @@ class Scheduler:
         """Queue a request. False: it is refused, because it could never run; the others do not notice."""
         expect(isinstance(request, Request), "request", type(request).__name__, "a Request")
         expect(request.id not in self._runs, "request", f"the id {request.id!r} again", "an id that is new")
-        run = _Run(request, request.id, request.output_len, len(self._runs))
+        run = _Run(request, request.id, request.output_len, next(self._numbers))
         self._runs[run.id] = run
-        run.state = "waiting" if self._fits(request) else "refused"
+        run.state = "waiting" if self.fits(request) else "refused"
         if run.state == "waiting":
             self.waiting[run.id] = run
         return run.state == "waiting"
@@ -221,6 +223,37 @@ class Scheduler:
     def stop(self, id) -> bool:
         """The request ended before output_len tokens (the model said so): it is finished, its pages are free now."""
         return self._end(self._get(id), "finished")
+
+    def fits(self, request) -> bool:
+        """Could it run to its end if it were alone? `add` refuses a request that could not."""
+        longest = request.prompt_len + request.max_new_tokens
+        if self.max_len is not None and longest > self.max_len:
+            return False
+        if self.policy is not chunked and request.prompt_len > self.max_tokens:
+            return False
+        # The last token is never fed back. After a preemption all but one of max_new_tokens may have to be computed.
+        need = self._reservation(request) or longest - 1
+        return -(-need // self.page_size) <= self.pool.num_pages - self.pool.reserve
+
+    def abandon(self) -> None:
+        """The last step failed, and nobody knows which keys it wrote. Its requests are cancelled, and no page that is
+        filled now will be found by others."""
+        for id in [*self._last.decode, *(id for id, _, _ in self._last.prefill)]:
+            run = self._get(id)
+            if run in self._leaving:
+                self.finished.remove(id)
+                run.state = "cancelled"
+            self._end(run, "cancelled")
+        self._last = Batch()
+        self.pool.forget_prefixes()
+
+    def forget(self, id) -> None:
+        """Drop what is known of a request that is over; its id is unknown then."""
+        run = self._get(id)
+        expect(run.state not in LIVE, "id", f"{id!r}, which is {run.state}", "a request that is over")
+        if run.state == "finished":
+            self.finished.remove(id)
+        del self._runs[id]
 
     def state(self, id) -> str:
         """waiting, running, preempted, finished, cancelled or refused."""
@@ -253,7 +286,7 @@ class Scheduler:
         self._settle()
         batch = Batch()
         self.policy(self, batch, now)
-        self._prefilled = batch.prefill
+        self._last = batch
         return batch
 
     def decode(self, batch: Batch) -> None:
@@ -301,17 +334,6 @@ class Scheduler:
     def _get(self, id) -> _Run:
         expect(isinstance(id, Hashable) and id in self._runs, "id", repr(id), "the id of a request that was added")
         return self._runs[id]
-
-    def _fits(self, request) -> bool:
-        """Could it run to its end if it were alone?"""
-        longest = request.prompt_len + request.max_new_tokens
-        if self.max_len is not None and longest > self.max_len:
-            return False
-        if self.policy is not chunked and request.prompt_len > self.max_tokens:
-            return False
-        # The last token is never fed back. After a preemption all but one of max_new_tokens may have to be computed.
-        need = self._reservation(request) or longest - 1
-        return -(-need // self.page_size) <= self.pool.num_pages - self.pool.reserve
 
     def _reservation(self, request) -> int:
         """Tokens of room that it gets when it is admitted, if that is more than it has tokens."""
@@ -385,10 +407,11 @@ class Scheduler:
     def _settle(self) -> None:
         """The last step is done: its prompts can be found by others, and who finished gives back the pages."""
         if self.tokens:
-            for id, start, n in self._prefilled:
-                if id in self.running:
+            holding = self.running.keys() | {run.id for run in self._leaving}
+            for id, start, n in self._last.prefill:
+                if id in holding:
                     self.pool.publish(id, start + n)
-        self._prefilled = []
+        self._last = Batch()
         for run in self._leaving:
             self.pool.free(run.id)
             run.room = 0
