@@ -94,6 +94,9 @@ def test_bytes_that_a_launch_loads(heads, times):
     assert_matches((o, lse), decode_attention, *problem.values())
     once = sum((70, 33)) * 2 * 2 * problem["k"].shape[-1] * 4  # keys, KV heads, K and V, fp32
     assert ref.loaded_bytes(walk) == times * once
+    if heads == 1:
+        _, walk = ref.watch("expanded_decoding", problem | dict(num_splits=2))
+        assert ref.loaded_bytes(walk) == times * once
 
 
 def test_watch_finds_the_function_elsewhere():
@@ -233,14 +236,24 @@ def test_benchmark_cases():
 
 
 def test_peers_of_this_topic(device):
-    """repeat_kv and causal SDPA on small inputs, in every section that times them."""
-    sections = {case.section: case for case in bench.topic_cases("gqa", tiny=True)}
-    machine = bench.Machine(device, record.stamp(device))
-    for case in sections.values():
-        own = {name: peer for name, peer in case.peers.items() if name in ("SDPA flash", "SDPA flash, repeated")}
-        verdicts = {row.provider: row.verdict for row in bench.measure("gqa", replace(case, peers=own), gqa, machine)}
-        assert set(own) < set(verdicts)
-        assert all(verdict.startswith("ok") for verdict in verdicts.values()), verdicts
+    """repeat_kv and causal SDPA, with two groups of three, and lengths that differ refused."""
+    q, k, v, kv_lens = DecodeCase("", (20, 20), 6, 2, capacity=24).tensors(device)
+    assert_matches((ref.repeated_sdpa(q, k, v, kv_lens)(),), lambda *a: decode_attention(*a)[:1], q, k, v, kv_lens)
+    with pytest.raises(ValueError, match=r"^kv_lens: got different lengths"):
+        ref.repeated_sdpa(q, k, v, torch.tensor([20, 19], dtype=torch.int32))
+    rng = np.random.default_rng(0)
+    q, k, v = (randn(rng, 2, 33, heads, 64, dtype=torch.bfloat16, device=device) for heads in (6, 2, 2))
+    for name in ("SDPA flash", "SDPA flash, repeated"):
+        assert_matches(ref.PREFILL_PEERS[name](q, k, v)(), ref.attention, q, k, v)
+
+
+@pytest.mark.parametrize("section", [ref.HEADS, ref.PREFILL])
+def test_a_case_as_it_is_recorded(section, device):
+    """One small case of a section, as `record --dry` runs all of them."""
+    case = next(case for case in bench.topic_cases("gqa", tiny=True) if case.section == section)
+    rows = bench.measure("gqa", replace(case, peers={}), gqa, bench.Machine(device, record.stamp(device)))
+    assert [row.provider for row in rows] == [case.op, *case.variants]
+    assert all(row.verdict.startswith("ok") for row in rows)
 
 
 # ---- conversion
@@ -351,6 +364,7 @@ def test_conversion_leaves_the_model_alone_and_can_be_saved(tmp_path):
     assert all(torch.equal(x, before[name]) for name, x in teacher.state_dict().items())
     assert teacher.config.num_key_value_heads == 8
     assert converted.lm_head.weight is converted.embed_tokens.weight
+    assert converted.layers[0].self_attn.v_proj.out_features == 2 * 32
     converted.save_pretrained(tmp_path)
     again = Llama.from_pretrained(tmp_path)
     assert again.config == converted.config == replace(teacher.config, num_key_value_heads=2)
@@ -399,6 +413,7 @@ def test_study(small_study):
         assert [point[0] for point in run["curve"]] == [0, 1, 2]
         assert run["curve"][-1][2] == round(run["after"], 4)
         assert run["after"] < run["before"] == run["curve"][0][2]
+    assert len({run["after"] for run in runs.values()}) == 6  # six models, not one
     assert runs[8, "mean"]["parameters"] - runs[1, "mean"]["parameters"] == 2 * 2 * 32 * 7 * 8
     at_once = {(row["heads"], row["how"]): row["bits"] for row in small_study["at_once"]}
     assert len(at_once) == 9
@@ -412,3 +427,49 @@ def test_study(small_study):
 def test_the_share_of_steps_is_the_papers():
     assert conversion.UPTRAINING.steps / train.Recipe.steps == pytest.approx(0.05, abs=0.001)
     assert conversion.UPTRAINING.steps % conversion.POINTS == 0
+
+
+# fmt: off
+PLANTED_BUGS = [
+    ("kernels/gqa.py", "TILES=group // heads", "TILES=group"),
+    ("kernels/gqa.py", "tiles = num_q_heads // heads", "tiles = num_kv_heads"),
+    ("kernels/gqa.py", "max_kv_len, num_splits, heads, args", "max_kv_len, num_splits, group, args"),
+    ("kernels/gqa.py", "group % heads == 0", "num_q_heads % heads == 0"),
+    ("kernels/gqa.py", "sm_scale=sm_scale, heads=1)", "sm_scale=sm_scale)"),
+    ("kernels/gqa.py", "    if num_splits > 1:", "    if num_splits > 2:"),
+    ("kernels/gqa.py", "flash_decoding(q, k, v, kv_lens, num_splits=num_splits, sm_scale=sm_scale)", "flash_decoding(q, k, v, kv_lens, num_splits=num_splits)"),
+    ("labkit/trace.py", "home or module", "module"),
+    ("labkit/gqa.py", "2 * num_layers * num_kv_heads", "num_layers * num_kv_heads"),
+    ("labkit/gqa.py", "and not isinstance(count, bool)", ""),
+    ("labkit/gqa.py", "2 * group / dtype.itemsize", "group / dtype.itemsize"),
+    ("labkit/gqa.py", "(num_kv_heads - self.num_kv_heads)", "(self.num_kv_heads - num_kv_heads)"),
+    ("labkit/gqa.py", "6_738_415_616", "6_738_415_617"),
+    ("labkit/gqa.py", "41_303_293_952", "41_303_293_953"),
+    ("labkit/gqa.py", "room = MEMORY_SHARE * memory_bytes", "room = memory_bytes"),
+    ("labkit/gqa.py", "int(room // model", "1 + int(room // model"),
+    ("labkit/gqa.py", "max(num_bytes / gpu.bandwidth, flops / gpu.bf16_flops)", "num_bytes / gpu.bandwidth"),
+    ("labkit/gqa.py", "flops / gpu.bf16_flops) / num_gpus", "flops / gpu.bf16_flops)"),
+    ("labkit/gqa.py", "x.repeat_interleave(num_q_heads // num_kv_heads, dim=2)", "x.repeat(1, 1, num_q_heads // num_kv_heads, 1)"),
+    ("labkit/gqa.py", "many = [x.repeat_interleave(group, dim=1) for x in (k, v)]\n            return", "many = [x.repeat(1, group, 1, 1) for x in (k, v)]\n            return"),
+    ("labkit/gqa.py", "[x.repeat_interleave(group, dim=1) for x in (k, v)] if repeat", "[x.repeat(1, group, 1, 1) for x in (k, v)] if repeat"),
+    ("labkit/gqa.py", "is_causal=True, ", ""),
+    ("labkit/gqa.py", "int((v[:, 0] > 0).sum())", "len(v)"),
+    ("labkit/gqa.py", "counts[name][head][now[1]] += 1", "counts[name][head][now[1]] = 1"),
+    ("labkit/gqa.py", "flops=2 * q_len * (q_len + 1)", "flops=4 * q_len * (q_len + 1)"),
+    ("labkit/conversion.py", "groups = weight.unflatten(0, (num_kv_heads_to, -1, head_dim))", "groups = weight.unflatten(0, (-1, num_kv_heads_to, head_dim)).transpose(0, 1)"),
+    ("labkit/conversion.py", "groups.double().mean(1)", "groups.mean(1)"),
+    ("labkit/conversion.py", "groups[:, 0].clone()", "groups[:, -1].clone()"),
+    ("labkit/conversion.py", "groups[:, 0].clone()", "groups[:, 0]"),
+    ("labkit/conversion.py", "weight.float().std().cpu()", "0.02"),
+    ("labkit/conversion.py", "and num_kv_heads_from % num_kv_heads_to == 0", ""),
+    ("labkit/conversion.py", "copy.deepcopy(model), torch", "copy.copy(model), torch"),
+    ("labkit/conversion.py", "    converted.config = replace(model.config, num_key_value_heads=num_kv_heads)\n", ""),
+    ("labkit/conversion.py", "(layer.self_attn.k_proj, layer.self_attn.v_proj)", "(layer.self_attn.k_proj,)"),
+    ("labkit/conversion.py", "list(proj.named_parameters())", "[('weight', proj.weight)]"),
+    ("labkit/conversion.py", "torch.Generator().manual_seed(seed)", "torch.Generator().manual_seed(0)"),
+    ("labkit/conversion.py", "            proj.out_features = num_kv_heads * head_dim\n", ""),
+    ("labkit/conversion.py", "after = train.bits_per_byte(model, held_out)", "after = before"),
+    ("labkit/conversion.py", "f\"{heads}-{how}\"", "f\"{heads}\""),
+    ("labkit/conversion.py", "    shutil.rmtree(train.WORK / f\"gqa-{seed}\")\n", ""),
+    ("labkit/conversion.py", "ALPHA = 0.05", "ALPHA = 0.5"),
+]
