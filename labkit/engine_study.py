@@ -15,8 +15,8 @@ WEIGHTS = models.TEACHER / "model.safetensors"
 
 # ---- published figures, not reproduced here
 
-# nano-vllm's README (2025): RTX 4070 Laptop (8 GB), Qwen3-0.6B, 256 sequences, input and output lengths random in
-# 100..1024, 133,966 output tokens. Tokens/s.
+# nano-vllm's README: one RTX 4070 Laptop (8 GB), Qwen3-0.6B, 256 sequences, prompts and outputs of 100 to 1,024
+# tokens, drawn at random, 133,966 output tokens. Tokens/s.
 PUBLISHED_NANO_VLLM = {"vLLM": 1361.84, "nano-vllm": 1434.13}
 
 # ---- the workload
@@ -108,18 +108,18 @@ def _padded_batch(model, prompts, most):
 # ---- measuring
 
 
-def serve(model, prompts, lengths, **settings):
-    """Serve all prompts with an Engine and note what happened. Times are CPU seconds of this process.
+def serve(model, prompts, lengths, *, clock=time.process_time, **settings):
+    """Serve all prompts with an Engine and note what happened. clock: default CPU seconds of this process.
 
     Returns (new tokens of each, {"passes", "tokens computed", "peak pages", "peak KV bytes", "seconds", ...}).
     """
     engine = Engine(model, **settings)
     page_bytes = sum(x[:1].nbytes for pair in engine.pages for x in pair)
-    passes, computed, peak, rows, start = 0, 0, 0, 0, time.process_time()
+    passes, computed, peak, rows, start = 0, 0, 0, 0, clock()
     ids = [engine.add(prompt, n, stop=()) for prompt, n in zip(prompts, lengths)]
     times = {id: [] for id in ids}
     while True:
-        new, now = engine.step(), time.process_time() - start
+        new, now = engine.step(), clock() - start
         if not engine.batch:
             break
         for id in new:
@@ -128,7 +128,7 @@ def serve(model, prompts, lengths, **settings):
         computed += engine.batch.num_tokens
         rows += len(engine.batch.prefill) + len(engine.batch.decode)
         peak = max(peak, engine.scheduler.pages_used)
-    seconds = time.process_time() - start
+    seconds = clock() - start
     gaps = np.concatenate([np.diff(t) for t in times.values()])
     figures = {
         "passes": passes, "tokens computed": computed, "peak pages": peak, "peak KV bytes": peak * page_bytes,
@@ -170,7 +170,7 @@ def rung(model, name, prompts, lengths):
 
 def ladder(seed, count=96):
     """{rung: figures} on the workload with shared beginnings. Raises if a rung writes anything else than the first."""
-    model, (prompts, lengths) = models.load()[0], workload(count, shared=True, seed=seed)
+    model, (prompts, lengths) = models.load(models.TEACHER)[0], workload(count, shared=True, seed=seed)
     result, first = {}, None
     for name in LADDER:
         texts, figures = rung(model, name, prompts, lengths)
@@ -210,21 +210,17 @@ def transformers_generate(hf, prompts, lengths, batch):
 def against_transformers(seed, count=96, *, device="cpu", batches=BATCHES, ops=None, repeats=2):
     """The engine and `generate` of transformers on the same weights (fp32), prompts, lengths, device and threads.
 
-    Nothing is shared between the prompts. The engine's pool is as large as 16 rows of a full batch: 224 pages of 16.
-    Of `repeats` runs, interleaved, the fastest of each counts. Seconds are the process's CPU time on a CPU, and wall
-    time on a GPU. {"transformers": None} without the package.
+    Nothing is shared between the prompts. The engine's pool of 224 pages of 16 tokens is what 16 rows of `generate`
+    take. Of `repeats` runs, interleaved, the fastest of each counts. "seconds": the process's CPU time on a CPU (of one
+    thread: the time that it would take on an idle machine), wall time on a GPU; "wall" always. {"transformers": None}
+    without the package.
     """
-    model, (prompts, lengths) = models.load(device=device)[0], workload(count, seed=seed)
+    model, (prompts, lengths) = models.load(models.TEACHER, device=device)[0], workload(count, seed=seed)
     clock = time.perf_counter if device == "cuda" else time.process_time
     settings = dict(num_pages=224, page_size=16, max_batch=64, max_tokens=256) | ({"ops": ops} if ops else {})
 
-    def timed(run):
-        start = clock()
-        result = run()
-        return clock() - start, result
-
     def ours():
-        return serve(model, prompts, lengths, **settings)
+        return serve(model, prompts, lengths, clock=clock, **settings)
 
     try:
         from transformers import AutoModelForCausalLM
@@ -238,22 +234,24 @@ def against_transformers(seed, count=96, *, device="cpu", batches=BATCHES, ops=N
     except ImportError:
         runs = {}
     serve(model, prompts[:2], [2, 2], **settings)
-    seconds, results = {}, {}
+    times, results, tokens = {}, {}, sum(lengths)
     for _ in range(repeats):
         for name, run in {"engine": ours, **runs}.items():
-            s, results[name] = timed(run)
-            seconds.setdefault(name, []).append(s)
+            start, wall = clock(), time.perf_counter()
+            results[name] = run()
+            times.setdefault(name, []).append((clock() - start, time.perf_counter() - wall))
+
+    def rates(name):
+        seconds, wall = zip(*times[name])
+        return {"seconds": seconds, "wall": wall, "tokens/s": tokens / min(seconds)}
+
     texts, figures = results["engine"]
-    tokens = sum(lengths)
-    engine = {"seconds": seconds["engine"], "tokens/s": tokens / min(seconds["engine"]), "figures": figures}
-    engine["pool bytes"] = figures["peak KV bytes"] // figures["peak pages"] * settings["num_pages"]
-    others = {
-        str(batch): {
-            "seconds": seconds[batch], "tokens/s": tokens / min(seconds[batch]), "peak KV bytes": results[batch][1],
-            "same texts": sum(a == b for a, b in zip(results[batch][0], texts)),
-        }
-        for batch in runs
-    }  # fmt: skip
+    pool = figures["peak KV bytes"] // figures["peak pages"] * settings["num_pages"]
+    engine = rates("engine") | {"figures": figures, "pool bytes": pool}
+    others = {}
+    for batch in runs:
+        same = sum(a == b for a, b in zip(results[batch][0], texts))
+        others[str(batch)] = rates(batch) | {"peak KV bytes": results[batch][1], "same texts": same}
     return {
         "requests": count,
         "tokens": tokens,
@@ -264,5 +262,10 @@ def against_transformers(seed, count=96, *, device="cpu", batches=BATCHES, ops=N
 
 
 def study(seed) -> dict:
-    """The experiment: both comparisons at full size."""
-    return {"transformers": against_transformers(seed), "ladder": ladder(seed)}
+    """The experiment: both comparisons at full size, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return {"transformers": against_transformers(seed), "ladder": ladder(seed)}
+    finally:
+        torch.set_num_threads(threads)
