@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from labkit import args, bench, codegen, peers
+from labkit import args, bench, check, codegen, peers, player
 from labkit.attention import attention, decode_attention, softmax_dtype
 from labkit.flash_decoding import decode_case, flash_decoding  # noqa: F401  (timed beside sink_decoding)
 from labkit.model import rotate
@@ -171,6 +171,113 @@ class Stream:
             return self.prefill(q, k, v)
 
         return self.model(ids, positions, attend)
+
+
+# --- players
+
+
+def cache_player(words, num_sinks=2, window=5):
+    """The cache as a strip, word by word: who is held, in which slot, at which position. A run of a SinkCache whose
+    keys are the numbers of the words."""
+    cache, steps, size = SinkCache(num_sinks, window), [], num_sinks + window
+    for new in range(len(words)):
+        ring = [] if cache.k is None else cache.k.flatten().tolist()
+        number = torch.full((1, 1, 1, 1), float(new))
+        cache.append(number, number)
+        held = [int(x) for x in cache.view()[0].flatten()]
+        gone = set(range(new)) - set(held)
+        just = [int(x) for slot, x in enumerate(ring) if x != cache.k.flatten()[slot] and new >= size]
+
+        def color(i, new=new, held=held):
+            return "orange" if i == new else "purple" if i < num_sinks else "blue" if i in held else "muted"
+
+        text_row = [(color(i), word) if i <= new else ("outline", word) for i, word in enumerate(words)]
+        at = ring_positions(torch.tensor([cache.seen]), num_sinks, window)[0].tolist()
+        slots = [int(x) for x in cache.k.flatten()]
+        filled = range(len(cache))  # the slots that hold a token
+        strip = [(color(slots[s]), words[slots[s]]) if s in filled else None for s in range(size)]
+        positions = [("", str(at[s])) if s in filled else None for s in range(size)]
+        numbers = [("", str(slots[s])) if s in filled else None for s in range(size)]
+        evicted = f' It takes the slot of "{words[just[0]]}", which is evicted.' if just else ""
+        text = f'"{words[new]}" comes.{evicted} Held: {len(held)}, forgotten: {len(gone)}.'
+        steps.append({"text": text, "text row": [text_row], "ring": [strip, positions, numbers]})
+    panels = {
+        "text row": player.Grid(1, len(words), name="the text"),
+        "ring": player.Grid(3, size, row_labels=["slot", "position", "number in the text"], name="the ring"),
+    }
+    legend = {"orange": "new", "purple": "sink", "blue": "in the window", "muted": "forgotten", "outline": "to come"}
+    caption = f"A run of the lab's SinkCache: {num_sinks} sinks and a window of {window}, the new word included."
+    return player.Stepper("The rolling cache", panels, steps, legend=legend, caption=caption)
+
+
+def traced_problem(num_sinks=4, window=188, seen=1000):
+    """A step for `walk_player`. The first pair of the key in slot s is (s + 1, 0), so that its length says which slot
+    it came from, rotated or not; the second pair turns a hundredth of a radian a position, and so tells that."""
+    size = num_sinks + window
+    k = torch.zeros(1, size, 1, 4)
+    k[0, :, 0, 0], k[0, :, 0, 1] = torch.arange(1.0, size + 1), 1.0
+    angle = torch.arange(size)[:, None] * torch.tensor([1.0, 0.01])
+    return dict(
+        q=torch.ones(1, 1, 4), k_ring=k, v_ring=k.clone(), seen=torch.tensor([seen], dtype=torch.int32),
+        num_sinks=num_sinks, window=window, cos=angle.cos(), sin=angle.sin(), num_splits=3,
+    )  # fmt: skip
+
+
+def walk_player(inputs, walk):
+    """Step through a recorded launch (`labkit.trace.watch` of `_load_rotated` on `traced_problem`)."""
+    size, cols = inputs["k_ring"].shape[1], 16
+    labels, steps, reading = [""] * size, [], ["muted"] * size
+    for step in walk:
+        if len(step.inputs[2]) == 1:  # one row of angles: the query
+            continue
+        a, b = (torch.from_numpy(half) for half in step.outputs)  # of the rotated rows; a row that is masked is 0
+        slots = [round(x) - 1 for x in torch.hypot(a[:, 0], b[:, 0]).tolist() if x > 0.5]
+        positions = (100 * torch.atan2(b[:, 1], a[:, 1])).round().long().tolist()[: len(slots)]
+        for slot, position in zip(slots, positions):
+            reading[slot], labels[slot] = "orange", str(position)
+        cells = list(zip(reading, labels))
+        text = (
+            f"Program {step.program[0]} reads positions {positions[0]} to {positions[-1]}, "
+            f"which lie in slots {_runs(slots)}, and rotates each key by its position."
+        )
+        steps.append({"text": text, "ring": [cells[i : i + cols] for i in range(0, size, cols)]})
+        reading = ["blue" if color == "orange" else color for color in reading]
+    cells = list(zip(reading, labels))
+    text = f"All {size} keys were read once. The text has {int(inputs['seen'][0])} tokens, and no other was touched."
+    steps.append({"text": text, "ring": [cells[i : i + cols] for i in range(0, size, cols)]})
+    panels = {
+        "ring": player.Grid(
+            size // cols, cols, row_labels=[f"slot {i}" for i in range(0, size, cols)], name="the ring, with positions"
+        )
+    }
+    legend = {"orange": "being read", "blue": "read", "muted": "not yet"}
+    caption = "A run of the kernel in the interpreter; slots and positions are read off the keys that it rotated."
+    return player.Stepper("The kernel's walk around the ring", panels, steps, legend=legend, caption=caption)
+
+
+def _runs(numbers):
+    """[4, 5, 6, 9] -> "4-6 and 9-9": where neighbours follow each other."""
+    runs = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return " and ".join(f"{a}-{b}" for a, b in runs)
+
+
+def try_ring(kernel, seen, num_sinks, window, device="cpu"):
+    """Run the kernel on a ring after `seen` tokens and say what it held. The live cell's callback."""
+    generator = torch.Generator().manual_seed(0)
+    size = num_sinks + window
+    ring = torch.randn(2, 1, size, 2, 64, generator=generator).to(device)
+    angle = torch.arange(size, device=device)[:, None] * 10_000.0 ** (-torch.arange(32, device=device) / 32)
+    inputs = torch.randn(1, 4, 64, generator=generator).to(device), *ring
+    inputs += (torch.tensor([seen], dtype=torch.int32, device=device),)
+    options = dict(num_sinks=num_sinks, window=window, cos=angle.cos(), sin=angle.sin())
+    verdicts = check.compare(kernel(*inputs, **options), sink_decoding, *inputs, **options)
+    held = min(seen, size)
+    return f"{held} of {seen} tokens are held, {seen - held} forgotten. " + "; ".join(map(str, verdicts))
 
 
 def experiments():

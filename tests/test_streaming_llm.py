@@ -6,10 +6,11 @@ import torch
 
 import kernels.attention
 import kernels.streaming_llm as sl
+from labkit import record, streams, trace
 from labkit import streaming_llm as ref
 from labkit.attention import attention, decode_attention
 from labkit.check import assert_matches, randn
-from labkit.model import Config, Llama, rotate
+from labkit.model import TEACHER, Config, Llama, rotate
 from labkit.streaming_llm import SinkCache, Stream
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -276,11 +277,18 @@ CONFIG = Config(
 )  # fmt: skip
 
 
-def small_model(num_layers=2):
+def small_model(num_layers=2, dtype=torch.float64):
+    """Random weights, large enough for attention to matter. In fp64 the angles are, too: what has to be equal is."""
     torch.manual_seed(0)
-    model = Llama(replace(CONFIG, num_hidden_layers=num_layers)).double()
-    for p in model.parameters():  # large enough for attention to matter
+    model = Llama(replace(CONFIG, num_hidden_layers=num_layers)).to(dtype)
+    for p in model.parameters():
         p.data = p.data * (4 if p.dim() == 2 else 1)
+
+    def angles(positions):
+        angle = positions.unsqueeze(-1).to(dtype) * model.inv_freq.to(positions.device)
+        return angle.cos(), angle.sin()
+
+    model.angles = angles
     return model
 
 
@@ -341,7 +349,7 @@ def test_a_prompt_is_given_room():
 
 def test_stream_on_the_kernels(device):
     """The same stream with both kernels in place of the references, a prompt in the middle."""
-    model, text = small_model().float().to(device), ids(12).to(device)
+    model, text = small_model(dtype=F32).to(device), ids(12).to(device)
 
     def logits(**ops):
         stream = Stream(model, 2, 4, **ops)
@@ -363,3 +371,165 @@ def test_prefill_mask_is_what_a_cache_with_original_positions_keeps(device):
         held_k, held_v, positions = cache.view()
         n = torch.tensor([len(positions)], dtype=torch.int32, device=device)
         torch.testing.assert_close(got[:, i], decode_attention(q[:, i], held_k, held_v, n)[0])
+
+
+# ---- the studies
+
+
+@pytest.mark.parametrize("num_sinks, window", [(4, 70), (0, 33), (3, 1), (1, 200)])
+def test_a_pass_over_the_stream_is_its_steps(num_sinks, window):
+    """`read` computes at once what a Stream computes token by token, and leaves the same caches behind."""
+    model, text = small_model(3), ids(150, batch=2)
+    stream, filled = Stream(model, num_sinks, window), Stream(model, num_sinks, window)
+    with torch.no_grad():
+        got = streams.read(model, text, num_sinks, window, stream=filled)
+    want = steps(stream, text)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(filled.caches, stream.caches):
+        assert a.seen == b.seen == 150
+        torch.testing.assert_close((a.k, a.v), (b.k, b.v))
+
+
+def test_original_positions_are_a_plain_mask():
+    """With original positions nothing is assigned anew: the model rotates as ever, and the mask says who is seen."""
+    model, text = small_model(), ids(90)
+
+    def masked(layer, q, k, v):
+        return attention(q, k, v, window=20, num_sinks=3)
+
+    with torch.no_grad():
+        original = streams.read(model, text, 3, 20, original=True)
+        torch.testing.assert_close(original, model(text, None, masked))
+        assert (original - streams.read(model, text, 3, 20)).abs().max() > 1e-3
+        without = streams.read(model, text, 0, 20, original=True)
+        torch.testing.assert_close(without, streams.read(model, text, 0, 20))
+
+
+def test_ways_agree_where_they_have_to():
+    """While nothing is evicted all ways read the same text; afterwards each sees what its name says."""
+    model, tokens = small_model(), ids(97)[0]
+    with torch.no_grad():
+        dense, size = streams.dense(model, tokens), 24
+        for bits in (
+            streams.reset(model, tokens, size),
+            streams.reread(model, tokens, size),
+            streams.cached(model, tokens, 2, size - 2),
+        ):
+            torch.testing.assert_close(bits[:size], dense[:size])
+            assert (bits[size:] - dense[size:]).abs().max() > 1e-3
+        after_reset = torch.cat((tokens[:1], tokens[49:73]))
+        torch.testing.assert_close(streams.reset(model, tokens, size)[48:72], streams.dense(model, after_reset))
+        half_again = torch.cat((tokens[:1], tokens[37:61]))  # BOS, the newer half, and the half that is predicted
+        torch.testing.assert_close(streams.reread(model, tokens, size)[48:60], streams.dense(model, half_again)[12:])
+        at = torch.tensor([24, 60, 95])
+        plain, with_bos = (streams.recomputed(model, tokens, at, bos=bos, size=size) for bos in (False, True))
+        for i, one, two in zip(at.tolist(), plain, with_bos):
+            window = tokens[i + 1 - size : i + 2]  # the last `size` tokens, and the one that is predicted
+            torch.testing.assert_close(one, streams.dense(model, window)[-1])
+            window = torch.cat((tokens[:1], window[1:]))
+            torch.testing.assert_close(two, streams.dense(model, window)[-1])
+
+
+def test_the_slice_on_record():
+    """The record's slice is what the committed weights give, and its numbers are of the method's three corners."""
+    recorded = record.experiment("streaming_llm")
+    assert recorded.seeds == (0, 1)
+    model = Llama.from_pretrained(TEACHER)
+    got = streams.two_by_two(model, streams.text(0)[:769], streams.SIZE)
+    assert set(got) == set(recorded.samples[0]["slice"])
+    assert got["sinks, original positions"] > got["sinks"]
+
+
+def test_a_fact_is_found_inside_the_window_only():
+    model = Llama.from_pretrained(TEACHER)
+    inside, outside = (streams.needle(model, distance, count=6) for distance in (100, 140))
+    assert inside["4+124"] > 1.5
+    assert abs(outside["4+124"]) < 0.2
+    assert outside["4+252"] > 1.5
+
+
+def test_needle_stands_where_it_says():
+    """The letters asked for are exactly `distance` tokens after their copies."""
+    row = torch.zeros(60, dtype=torch.long)
+    streams.put(row, "abcdefgh", 40)
+    assert bytes(row[20:28].tolist()) == b"abcdefgh"
+    seen = []
+    model = lambda rows: (seen.append(rows), torch.zeros(*rows.shape, 258))[1]  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streams, "read", lambda model, rows, *args, **options: model(rows))
+        streams.needle(model, 50, count=3)
+    rows = seen[0]
+    for row in rows[:3]:  # told: the question's letters are those of the fact
+        assert torch.equal(row[-8:], row[-58:-50])
+    for row in rows[3:]:
+        assert not torch.equal(row[-8:], row[-58:-50])
+    assert torch.equal(rows[:3, -8:], rows[3:, -8:])
+
+
+def test_books_and_dialogue_keep_constant_memory():
+    model, tokens = small_model(dtype=F32), ids(200)[0]
+    rounds = streams.dialogue(model, tokens, rounds=5, prompt=7, answer=3, size=16, num_sinks=2)
+    assert [r["tokens"] for r in rounds] == [10, 20, 30, 40, 50]
+    assert [r["held"]["stream"] for r in rounds] == [10, 16, 16, 16, 16]
+    assert [r["held"]["dense"] for r in rounds] == [10, 20, 30, 40, 50]
+    assert len({r["bytes"] for r in rounds}) == 1
+    assert all(len(r["ms"]["stream"]) == len(r["ms"]["dense"]) == 3 for r in rounds)
+    teacher = Llama.from_pretrained(TEACHER)
+    saved = streams.book(teacher, count=6, length=700, places=(60, 400))
+    assert saved["stream"][0] > 1.5
+    assert abs(saved["stream"][1]) < 0.5
+    assert saved["last window"][0] > 1.5
+    assert abs(saved["last window"][1]) < 0.5  # it is not in what was read
+
+
+def test_planted_sink():
+    """The window's output is wrong by a factor as soon as the first token leaves; four sinks make it right."""
+    outputs, share = streams.planted_sink(length=600, size=128)
+    dense = outputs.pop("dense")
+    assert share[127] == pytest.approx(0.9, abs=1e-3)
+    errors = {name: (o - dense)[1:].flatten(1).norm(dim=1) / dense[1:].flatten(1).norm(dim=1) for name, o in outputs.items()}
+    assert errors["0+128"][:127].max() < 1e-5  # tokens 1 to 127
+    assert errors["0+128"][127:].min() > 1
+    assert errors["4+124"].max() < 0.2
+
+
+def test_attention_maps_are_the_models():
+    """Rows sum to one, later tokens get nothing, and the maps' averages of v are what the model computes with."""
+    model, text = small_model(1), ids(12)
+    maps = streams.attention_maps(model, text)
+    assert maps.shape == (1, 1, 4, 12, 12)
+    torch.testing.assert_close(maps.sum(-1), torch.ones_like(maps[..., 0]))
+    assert maps.triu(1).abs().max() == 0
+    values = []
+
+    def attend(layer, q, k, v):
+        values.append(v)
+        return torch.einsum("bhtl,blhd->bthd", maps[layer], v.repeat_interleave(2, 2))
+
+    with torch.no_grad():
+        torch.testing.assert_close(model(text, None, attend), model(text))
+
+
+# ---- players and the live cell
+
+
+def test_players_show_the_run():
+    words = "a b c d e f g h i j".split()
+    html = ref.cache_player(words, num_sinks=2, window=3).html
+    assert "&quot;f&quot; comes" in html or '\\"f\\" comes' in html
+    assert 'It takes the slot of \\"c\\", which is evicted. Held: 5, forgotten: 1.' in html
+    arguments = ref.traced_problem()
+    got, walk = trace.watch("kernels.streaming_llm", "_load_rotated", "sink_decoding", arguments)
+    options = {name: arguments[name] for name in ("num_sinks", "window", "cos", "sin")}
+    tensors = [arguments[name] for name in ("q", "k_ring", "v_ring", "seen")]
+    assert_matches(got, ref.sink_decoding, *tensors, **options)
+    html = ref.walk_player(arguments, walk).html
+    for text in ("positions 0 to 63, which lie in slots 0-3 and 60-119", "positions 128 to 191, which lie in slots 184-191 and 4-59"):
+        assert text in html, text
+
+
+@pytest.mark.parametrize("seen, held", [(1, 1), (64, 64), (1000, 64)])
+def test_live_cell(seen, held, device):
+    said = ref.try_ring(sl.sink_decoding, seen, 4, 60, device)
+    assert said.startswith(f"{held} of {seen} tokens are held, {seen - held} forgotten. output 0: ok")
+    assert "WRONG" not in said
