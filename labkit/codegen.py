@@ -9,6 +9,7 @@ A topic declares its cases in `labkit/<topic>.py`, function `codegen_cases() -> 
 
 import concurrent.futures
 import dataclasses
+import hashlib
 import html
 import importlib
 import importlib.metadata
@@ -149,7 +150,12 @@ def compiled(some_cases, targets=TARGETS):
     shared_limit (bytes), loads {bits: count}, wide_share, matrix {instruction: count}, dots [[m, n, k, dtype]],
     programs_per_sm (an estimate). A case that does not compile gives one dict with the key "error".
     """
-    files = {(target, i): _cache_file(case, target) for target in targets for i, case in enumerate(some_cases)}
+    sources = {name: source_hash(name, "labkit.codegen:_compile_case") for name in {c.function for c in some_cases}}
+    files = {
+        (target, i): _cache_file(case, target, sources[case.function])
+        for target in targets
+        for i, case in enumerate(some_cases)
+    }
     missing = {t: [i for i in range(len(some_cases)) if not files[t, i].exists()] for t in targets}
     errors = {}
 
@@ -162,36 +168,39 @@ def compiled(some_cases, targets=TARGETS):
                 [sys.executable, "-m", "labkit.codegen"],
                 input=json.dumps(job), capture_output=True, text=True, cwd=ROOT, env=env,
             )
+        failed = dict(json.loads(line) for line in run.stdout.splitlines() if line.startswith('["'))
         for i in todo:
             if not files[target, i].exists():
                 last = (run.stderr.strip().splitlines() or ["no message"])[-1]
-                errors[target, i] = f"the compiling process ended with code {run.returncode}: {last}"
+                died = f"the compiling process ended with code {run.returncode}: {last}"
+                errors[target, i] = failed.get(str(files[target, i]), died)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         list(pool.map(work, [target for target in targets if missing[target]]))
     rows = []
     for i, case in enumerate(some_cases):
         for target in targets:
-            stored = errors.get((target, i)) or json.loads(files[target, i].read_text())
-            if isinstance(stored, str):
-                # an error may be the machine's: try again next time
-                files[target, i].unlink(missing_ok=True)
-                stored = [{"kernel": "-", "error": stored}]
+            if (target, i) in errors:
+                stored = [{"kernel": "-", "error": errors[target, i]}]
+            else:
+                stored = json.loads(files[target, i].read_text())
             rows += [{"case": case.name, "function": case.function, "target": target, **row} for row in stored]
     return rows
 
 
-def _cache_file(case, target):
-    """The key: tokens of the code reached and of this file's readers, versions, target and arguments."""
-    case = dataclasses.asdict(case)
-    where = {key: case[key] for key in ("function", "arguments")}
-    versions = [importlib.metadata.version(package) for package in ("torch", "triton")]
-    source = source_hash(case["function"], "labkit.codegen:_compile_case", extra=[where, versions, target])
-    return CACHE / f"{case['function'].replace(':', '.')}-{target}-{source}.json"
+def _cache_file(case, target, source):
+    """Where the result is kept: named by the code that it depends on, the arguments, the target and the versions."""
+    arguments = {name: str(value) for name, value in sorted(case.arguments.items())}
+    key = [case.function, arguments, source, target, *map(importlib.metadata.version, ("torch", "triton"))]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    return CACHE / f"{case.function.replace(':', '.')}-{target}-{digest}.json"
 
 
 def _main():
-    """The compiling process: one target, many cases, on stdin; each result goes to the file named with the case."""
+    """The compiling process: one target, many cases, on stdin; each result goes to the file named with the case.
+
+    An error is not kept, it may be the machine's: it is printed, as one line [file, message].
+    """
     job = json.load(sys.stdin)
     launches = _stand_in(ALL_TARGETS[job["target"]])
     for case, file in job["cases"]:
@@ -199,7 +208,8 @@ def _main():
         try:
             result = _compile_case(case, ALL_TARGETS[job["target"]], launches)
         except Exception as e:
-            result = f"{type(e).__name__}: {e}"
+            print("\n" + json.dumps([file, f"{type(e).__name__}: {e}"]), flush=True)
+            continue
         file = Path(file)
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}")
@@ -277,6 +287,9 @@ def _compile_case(case, target, launches):
             **(_amd_facts(kernel.asm["amdgcn"]) if target.is_amd else _nvidia_facts(kernel.asm["cubin"])),
             "dots": _dots(kernel.asm["ttir"]),
         }
+        # Blackwell's instruction keeps its shape in an operand; the accumulator in Triton's IR tells it.
+        shapes = sorted(set(re.findall(r"tc_gen5_mma .*memdesc<(\d+x\d+)xf32", kernel.asm.get("ttgir", ""))))
+        row["matrix"] = {".".join([k, *shapes * k.startswith("UTC")]): n for k, n in row["matrix"].items()}
         sizes = {int(bits): int(bits) * count for bits, count in row["loads"].items()}
         row["wide_share"] = sum(v for k, v in sizes.items() if k >= 128) / max(1, sum(sizes.values()))
         row["programs_per_sm"] = _programs_per_sm(target, row)
@@ -309,11 +322,11 @@ def _nvidia_facts(cubin):
         file.write(cubin)
         file.flush()
 
-        def read(tool, flag):
-            command = [tools / tool, flag, file.name]
+        def read(tool, *flags):
+            command = [tools / tool, *flags, file.name]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        usage, sass = read("cuobjdump", "-res-usage"), read("nvdisasm", "-c")
+        usage, sass = read("cuobjdump", "-res-usage"), read("nvdisasm", "-c", "-ndf")
     loads = {}
     for name, count in _count(r"\b(?:LDGSTS|LDG|UTMALDG|UBLKCP)\b[.\w]*", sass).items():
         if name.startswith("U"):
@@ -371,15 +384,15 @@ _COLUMNS = {
     "case": lambda r: r["case"],
     "target": lambda r: f"{r['target']} ({ALL_TARGETS[r['target']].device})",
     "kernel": lambda r: r["kernel"].strip("_"),
-    "blocks": lambda r: ", ".join(f"{k} {v}" for k, v in r["constexprs"].items()),
-    "warps": lambda r: r["num_warps"],
-    "stages": lambda r: r["num_stages"],
     "registers": lambda r: r["registers"],
     "spills": lambda r: r["spills"],
     "shared": lambda r: f"{r['shared']:,} of {r['shared_limit']:,}",
     "128-bit loads": lambda r: f"{r['wide_share']:.0%}",
     "matrix instruction": lambda r: ", ".join(r["matrix"]) or "none",
     "programs/SM": lambda r: r["programs_per_sm"],
+    "blocks": lambda r: ", ".join(f"{k} {v}" for k, v in r["constexprs"].items()),
+    "warps": lambda r: r["num_warps"],
+    "stages": lambda r: r["num_stages"],
     "verdict": lambda r: "; ".join(r["problems"]) or "passes",
 }
 

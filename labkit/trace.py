@@ -6,6 +6,7 @@ This is where the players get their data from: a real run of the real kernel, ti
 import importlib
 import os
 from dataclasses import dataclass
+from queue import Empty
 
 import torch.multiprocessing as mp
 
@@ -69,7 +70,13 @@ def watch(module: str, helper: str, function: str, arguments: dict):
         queue = context.Queue()
         process = context.Process(target=_child, args=(queue, module, helper, function, arguments))
         process.start()
-        result = queue.get()
+        while True:
+            try:
+                result = queue.get(timeout=1)
+                break
+            except Empty:
+                if not process.is_alive():
+                    raise RuntimeError(f"the process that interprets {function} ended: {process.exitcode}") from None
         process.join()
         return result
     finally:
