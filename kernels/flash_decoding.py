@@ -303,7 +303,8 @@ def flash_decoding(q, k, v, kv_lens, *, num_splits=None, sm_scale=None, one_laun
     parts = (part_o, *part_o.stride(), part_lse, *part_lse.stride())
     if one_launch:
         _one_launch_kernel[grid](
-            *inputs, *parts, o, *o.stride(), lse, *lse.stride(), _arrival_counters(q, batch * num_kv_heads * tiles), *sizes,
+            *inputs, *parts, o, *o.stride(), lse, *lse.stride(),
+            _arrival_counters(q, batch * num_kv_heads * tiles), *sizes,
             HEAD_DIM=head_dim, BLOCK_S=MERGE_BLOCK, **config,
         )  # fmt: skip
     else:

@@ -136,7 +136,7 @@ def _(fn):
     ],
     bugs=[
         ("-(-(prompt_len + max_new_tokens)", "-(-(prompt_len + output_len)", "reserves what it cannot know"),
-        ("// -(-(prompt_len + max_new_tokens) // page_size)", "// ((prompt_len + max_new_tokens) // page_size)", "floor"),
+        ("-(-(prompt_len + max_new_tokens) // page_size)", "((prompt_len + max_new_tokens) // page_size)", "floor"),
         ("prompt_len + output_len // 2", "prompt_len + output_len", "counts the end, not the middle"),
     ],
 )
