@@ -14,7 +14,8 @@ from kernels._tile import cast, device_properties
 from kernels.rope import forward_only, fresh, rope, rope_write_kv, wants_grad  # noqa: F401
 from labkit import args
 
-WHOLE_ROW = 16_384  # elements of a row that are held in registers; longer rows are read twice
+# Elements of a row that fit in registers; longer rows are read twice. The backward pass holds five rows at a time.
+WHOLE_ROW, WHOLE_ROW_BACKWARD = 16_384, 8192
 
 
 # ---- a row at a time: residual add, RMSNorm, softmax
@@ -283,19 +284,19 @@ def _rows(x):
     return x.reshape(-1, x.shape[-1])
 
 
-def row_config(n: int) -> dict:
-    """Tile and warps for rows of n elements: whole rows up to WHOLE_ROW, several at a time if they are short."""
+def row_config(n: int, whole_row: int = WHOLE_ROW) -> dict:
+    """Tile and warps for rows of n elements: whole rows up to whole_row, several at a time if they are short."""
     block_n = triton.next_power_of_2(n)
-    whole = block_n <= WHOLE_ROW
-    block_n = block_n if whole else 8192
-    block_m = max(1, 1024 // block_n) if whole else 1
+    whole = block_n <= whole_row
+    block_n = block_n if whole else 4096
+    block_m = max(1, 2048 // block_n) if whole else 1
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, WHOLE=whole, num_warps=min(16, max(4, block_n // 512)))
 
 
 def _elementwise_config(m: int, n: int) -> tuple[tuple, dict]:
-    """Grid and tile of 1024 elements, 8 a thread: 16 bytes of a 16-bit type."""
-    block_n = min(1024, triton.next_power_of_2(n))
-    block_m = 1024 // block_n
+    """Grid and tile of 2048 elements: 8 a thread, which are 16 bytes of a 16-bit type, even where a warp has 64."""
+    block_n = min(2048, triton.next_power_of_2(n))
+    block_m = 2048 // block_n
     return (triton.cdiv(m, block_m), triton.cdiv(n, block_n)), dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4)
 
 
@@ -323,7 +324,7 @@ def _rmsnorm_backward(dy, ds, s, weight, eps):
     rows, n = s2.shape
     programs = min(rows, 2 * device_properties()["multiprocessor_count"])
     parts = torch.zeros(programs, n, dtype=torch.float32, device=s.device)
-    config = row_config(n)
+    config = row_config(n, WHOLE_ROW_BACKWARD)
     del config["BLOCK_M"]
     _rmsnorm_backward_kernel[(programs,)](
         dy2, *dy2.stride(), ds2, *ds2.stride(), s2, *s2.stride(), weight, *weight.stride(), dx, n, parts,

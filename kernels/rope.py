@@ -13,10 +13,10 @@ from labkit import args
 
 @triton.jit
 def _rotate_heads(
-    x_ptr, stride_xh, stride_xd, bias_ptr, y_ptr, stride_yh, stride_yd, cos, sin, head, num_heads,
+    x_ptr, stride_xh, stride_xd, bias_ptr, y_ptr, stride_yh, stride_yd, cos_a, sin_a, cos_b, sin_b, head, num_heads,
     HALF: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """y = rotated (x + bias) for some heads [BLOCK_H] of one token: pairs (d, d + D/2). cos, sin [BLOCK_D]."""
+    """y = rotated (x + bias) for some heads [BLOCK_H] of one token: pairs (d, d + D/2); angles [BLOCK_D]."""
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     head = head[:, None]
     mask = (head < num_heads) & (offs_d < HALF)
@@ -27,7 +27,7 @@ def _rotate_heads(
         a += tl.load(bias_ptr + head * (2 * HALF) + offs_d, mask=mask, other=0.0).to(tl.float32)
         b += tl.load(bias_ptr + head * (2 * HALF) + offs_d + HALF, mask=mask, other=0.0).to(tl.float32)
     if ROTATE:
-        a, b = a * cos[None, :] - b * sin[None, :], b * cos[None, :] + a * sin[None, :]
+        a, b = a * cos_a[None, :] - b * sin_a[None, :], b * cos_b[None, :] + a * sin_b[None, :]
     at = head.to(tl.int64) * stride_yh + offs_d * stride_yd
     tl.store(y_ptr + at, cast(a, y_ptr.dtype.element_ty), mask=mask)
     tl.store(y_ptr + at + HALF * stride_yd, cast(b, y_ptr.dtype.element_ty), mask=mask)
@@ -37,11 +37,12 @@ def _rotate_heads(
 def _rope_kernel(
     q_ptr, stride_qb, stride_qt, stride_qh, stride_qd,  # [B, T, Hq, D]
     k_ptr, stride_kb, stride_kt, stride_kh, stride_kd,  # [B, T, Hkv, D]
-    cos_ptr, stride_cb, stride_ct, stride_cd, sin_ptr, stride_sb, stride_st, stride_sd,  # two [B, T, D/2]
+    cos_ptr, stride_cb, stride_ct, stride_cd,  # [B, T, D/2], or [B, T, D] if FULL
+    sin_ptr, stride_sb, stride_st, stride_sd,  # likewise
     q_out_ptr, stride_qob, stride_qot, stride_qoh, stride_qod,  # [B, T, Hq, D] out; may be q
     k_out_ptr, stride_kob, stride_kot, stride_koh, stride_kod,  # [B, T, Hkv, D] out; may be k
     length, num_q_heads, num_kv_heads, sign,
-    HALF: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """One token and BLOCK_H heads: first the blocks of query heads, then those of key heads."""
     token = tl.program_id(0).to(tl.int64)
@@ -51,18 +52,24 @@ def _rope_kernel(
     sin_ptrs = sin_ptr + b * stride_sb + t * stride_st + offs_d * stride_sd
     cos = tl.load(cos_ptrs, mask=offs_d < HALF, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptrs, mask=offs_d < HALF, other=0.0).to(tl.float32) * sign
+    if FULL:
+        cos_b = tl.load(cos_ptrs + HALF * stride_cd, mask=offs_d < HALF, other=0.0).to(tl.float32)
+        sin_b = tl.load(sin_ptrs + HALF * stride_sd, mask=offs_d < HALF, other=0.0).to(tl.float32) * sign
+    else:
+        cos_b, sin_b = cos, sin
     block, q_blocks = tl.program_id(1), tl.cdiv(num_q_heads, BLOCK_H)
     if block < q_blocks:
         _rotate_heads(
             q_ptr + b * stride_qb + t * stride_qt, stride_qh, stride_qd, q_ptr,
             q_out_ptr + b * stride_qob + t * stride_qot, stride_qoh, stride_qod,
-            cos, sin, block * BLOCK_H + tl.arange(0, BLOCK_H), num_q_heads, HALF, BLOCK_D, False, True,
+            cos, sin, cos_b, sin_b, block * BLOCK_H + tl.arange(0, BLOCK_H), num_q_heads, HALF, BLOCK_D, False, True,
         )  # fmt: skip
     else:
         _rotate_heads(
             k_ptr + b * stride_kb + t * stride_kt, stride_kh, stride_kd, k_ptr,
             k_out_ptr + b * stride_kob + t * stride_kot, stride_koh, stride_kod,
-            cos, sin, (block - q_blocks) * BLOCK_H + tl.arange(0, BLOCK_H), num_kv_heads, HALF, BLOCK_D, False, True,
+            cos, sin, cos_b, sin_b, (block - q_blocks) * BLOCK_H + tl.arange(0, BLOCK_H), num_kv_heads,
+            HALF, BLOCK_D, False, True,
         )  # fmt: skip
 
 
@@ -91,14 +98,14 @@ def _rope_write_kv_kernel(
     if block < q_blocks:
         _rotate_heads(
             x_ptr, stride_h, stride_xd, bias_ptr, q_ptr + token * stride_qn, stride_qh, 1,
-            cos, sin, block * BLOCK_H + tl.arange(0, BLOCK_H), num_q_heads, HALF, BLOCK_D, HAS_BIAS, True,
+            cos, sin, cos, sin, block * BLOCK_H + tl.arange(0, BLOCK_H), num_q_heads, HALF, BLOCK_D, HAS_BIAS, True,
         )  # fmt: skip
     elif (slot >= 0) & (slot < num_slots):
         if block < q_blocks + kv_blocks:
             _rotate_heads(
                 x_ptr + num_q_heads * stride_h, stride_h, stride_xd, bias_ptr + num_q_heads * 2 * HALF,
                 k_pages_ptr + page * stride_kpp + offset * stride_kpn, stride_kph, stride_kpd,
-                cos, sin, (block - q_blocks) * BLOCK_H + tl.arange(0, BLOCK_H), num_kv_heads,
+                cos, sin, cos, sin, (block - q_blocks) * BLOCK_H + tl.arange(0, BLOCK_H), num_kv_heads,
                 HALF, BLOCK_D, HAS_BIAS, True,
             )  # fmt: skip
         else:
@@ -106,7 +113,7 @@ def _rope_write_kv_kernel(
             _rotate_heads(
                 x_ptr + before * stride_h, stride_h, stride_xd, bias_ptr + before * 2 * HALF,
                 v_pages_ptr + page * stride_vpp + offset * stride_vpn, stride_vph, stride_vpd,
-                cos, sin, (block - q_blocks - kv_blocks) * BLOCK_H + tl.arange(0, BLOCK_H), num_kv_heads,
+                cos, sin, cos, sin, (block - q_blocks - kv_blocks) * BLOCK_H + tl.arange(0, BLOCK_H), num_kv_heads,
                 HALF, BLOCK_D, HAS_BIAS, False,
             )  # fmt: skip
 
@@ -148,7 +155,7 @@ def _turn(q, k, cos, sin, sign, q_out, k_out):
         inputs = []
         for x in (q, k, cos, sin, q_out, k_out):
             if x is cos or x is sin:
-                x = x.expand(*q.shape[:-2], dim // 2).reshape(math.prod(q.shape[:-3]), length, dim // 2)
+                x = x.expand(*q.shape[:-2], x.shape[-1]).reshape(math.prod(q.shape[:-3]), length, x.shape[-1])
             else:
                 x = _one_batch(x)
             inputs += [x, *x.stride()]
@@ -156,8 +163,9 @@ def _turn(q, k, cos, sin, sign, q_out, k_out):
         block_h = min(triton.next_power_of_2(max(heads)), max(1, 2048 // block_d))
         tokens = (q.numel() + k.numel()) // (sum(heads) * dim)
         _rope_kernel[(tokens, sum(triton.cdiv(h, block_h) for h in heads))](
-            *inputs, length, *heads, sign, HALF=dim // 2, BLOCK_D=block_d, BLOCK_H=block_h, num_warps=4
-        )
+            *inputs, length, *heads, sign,
+            HALF=dim // 2, BLOCK_D=block_d, BLOCK_H=block_h, FULL=cos.shape[-1] == dim, num_warps=4,
+        )  # fmt: skip
     return q_out, k_out
 
 
@@ -170,14 +178,18 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dq, dk):
-        return *_turn(dq, dk, *ctx.saved_tensors, -1.0, fresh(dq), fresh(dk)), None, None  # turned back
+        cos, sin = ctx.saved_tensors
+        if cos.shape[-1] == dq.shape[-1]:  # the transpose exchanges the two halves' sines
+            sin = sin.roll(sin.shape[-1] // 2, -1)
+        return *_turn(dq, dk, cos, sin, -1.0, fresh(dq), fresh(dk)), None, None
 
 
 def rope(q, k, cos, sin, *, inplace=False):
     """Turn the pairs (d, d + D/2) of q and k by their position's angles, both in one launch. With gradient.
 
     q [..., len, Hq, D], k [..., len, Hkv, D], any strides, D even; cos, sin [len, D/2] or [..., len, D/2], fp32 or q's
-    dtype. inplace: write over q and k, which then must not require gradients. Returns (q, k).
+    dtype; or D wide, as Hugging Face has them: each half is then turned by its own columns. inplace: write over q and
+    k, which then must not require gradients. Returns (q, k).
     Raises ValueError naming the argument. Source: Su et al. 2021, section 3.4.2, paired as Hugging Face's Llama.
     """
     args.rope(q, k, cos, sin)

@@ -258,7 +258,7 @@ def row_tensor(name: str, x, dtypes=FLOATS) -> tuple[int, int]:
 
 def rope(q, k, cos, sin, dtypes=FLOATS) -> tuple[int, int, int]:
     """Check the arguments of `rope`: q [..., len, Hq, D], k [..., len, Hkv, D]; cos, sin [len, D/2] or
-    [..., len, D/2], fp32 or q's dtype. Returns (batch, len, D), the leading dimensions being one batch.
+    [..., len, D/2], or D wide, fp32 or q's dtype. Returns (batch, len, D), the leading dimensions being one batch.
     """
     row_tensor("q", q, dtypes)
     expect(q.ndim >= 3, "q (shape)", tuple(q.shape), "[..., len, num_q_heads, head_dim]")
@@ -268,7 +268,8 @@ def rope(q, k, cos, sin, dtypes=FLOATS) -> tuple[int, int, int]:
     tensor("k", k, (*lead, length, "num_kv_heads", dim), like=q, dtype=q.dtype)
     for name, x in {"cos": cos, "sin": sin}.items():
         expect(isinstance(x, torch.Tensor), name, type(x).__name__, "a tensor")
-        angles(name, x, (length,) if x.ndim == 2 else (*lead, length), q, dim)
+        wide = x.ndim >= 2 and x.shape[-1] == dim
+        angles(name, x, (length,) if x.ndim == 2 else (*lead, length), q, 2 * dim if wide else dim)
     expect(cos.shape == sin.shape, "sin (shape)", tuple(sin.shape), str(tuple(cos.shape)))
     return math.prod(lead), length, dim
 

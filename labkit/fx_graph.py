@@ -1,0 +1,457 @@
+"""Graphs of modules: traced faithfully, counted, read through spellings, and edited. What `labkit.fuse` stands on."""
+
+import contextlib
+import inspect
+import math
+import operator
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from labkit.args import REFERENCE_FLOATS
+
+# Modules whose forward is traced, so that nn.Linear and F.linear are the same node.
+INLINED = (nn.Linear, nn.RMSNorm, nn.SiLU, nn.GELU, nn.Softmax, nn.Dropout, nn.Identity, nn.Sigmoid)
+SAME = {  # other names of the same operation
+    "truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub", "bmm": "matmul",
+    "mm": "matmul", "_softmax": "softmax", "special_expit": "sigmoid", "swapaxes": "transpose", "swapdims": "transpose",
+    "concat": "cat", "concatenate": "cat", "_unsafe_view": "view",
+}  # fmt: skip
+CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy"}
+SHAPES_ONLY = {"size", "dim", "ndimension", "numel", "ones_like", "zeros_like", "full_like", "new_ones", "new_zeros"}
+SHAPES_ONLY |= {"new_full", "new_tensor", "shape", "dtype", "device", "ndim"}
+
+
+class Refused(Exception):
+    """A known subgraph that must stay as it is; the message says why."""
+
+
+# ---- 1. trace
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module, name):
+        return type(module) not in INLINED and super().is_leaf_module(module, name)
+
+
+def _fx_trace(module, inputs):
+    """Arguments that are no tensors, and defaults that are not given, become constants."""
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    constants = {p.name: p.default for p in parameters[len(inputs) :] if p.default is not p.empty}
+    constants |= {p.name: x for p, x in zip(parameters, inputs) if not isinstance(x, torch.Tensor)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a constant is not checked: `Guard` checks it
+        tracer = _Tracer()
+        graph = tracer.trace(module, concrete_args=constants or None)
+    return fx.GraphModule(tracer.root, graph, type(module).__name__)
+
+
+def _export_trace(module, inputs):
+    was_training = module.training
+    try:
+        gm = torch.export.export(module, tuple(inputs)).module()
+    finally:
+        module.train(was_training)
+    for node in list(gm.graph.nodes):  # checks of the export itself: `Guard` checks the inputs
+        if node.target == "_guards_fn" or "_assert_tensor_metadata" in str(node.target):
+            gm.graph.erase_node(node)
+    gm.recompile()
+    return gm
+
+
+def _clone(inputs):
+    return [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+
+
+def _same(a, b):
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        same = a.shape == b.shape and a.dtype == b.dtype
+        return same and bool(((a == b) | ((a != a) & (b != b))).all())
+    return type(a) is type(b) and (a is b or bool(a == b))
+
+
+def run(function, inputs):
+    """All that can be seen of a call: its outputs, and its inputs afterwards."""
+    inputs = _clone(inputs)
+    devices = {x.device.index for x in inputs if isinstance(x, torch.Tensor) and x.is_cuda}
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        return [*tree_leaves(function(*inputs)), *inputs]
+
+
+@contextlib.contextmanager
+def buffers_kept(module):
+    """Running the module inside changes no buffer, such as running statistics, for good."""
+    kept = [(x, x.clone()) for x in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for x, before in kept:
+                x.copy_(before)
+
+
+def trace(module, inputs):
+    """(GraphModule that does exactly what module does on the inputs, whether it holds for these shapes only)."""
+    want, problems = run(module, inputs), []
+    for how, tracer in {"torch.fx": _fx_trace, "torch.export": _export_trace}.items():
+        try:
+            gm = tracer(module, inputs)
+            got = run(lambda *x, gm=gm: Counting(gm).run(*x), inputs)
+            if len(got) == len(want) and all(map(_same, got, want)):
+                return gm, how == "torch.export"
+            problems.append(f"{how}: what it traced computes something else than the module")
+        except Exception as error:  # a tracer raises whatever the module's own code raises on a proxy
+            first = next(iter(str(error).strip().splitlines()), "")
+            problems.append(f"{how}: {type(error).__name__}: {first[:150]}")
+    raise ValueError(f"module: got {type(module).__name__}, which cannot be traced ({'; '.join(problems)})")
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Called before the fused module: what was assumed of the inputs when the graph was fused."""
+
+    expected: tuple
+    shapes_too: bool
+
+    def __call__(self, module, inputs, keywords):
+        if keywords:
+            raise ValueError(f"inputs: got {', '.join(keywords)} by name, expected positional arguments")
+        if len(inputs) > len(self.expected):
+            raise ValueError(f"inputs: got {len(inputs)}, expected {len(self.expected)}")
+        for i, (x, want) in enumerate(zip(inputs, self.expected)):
+            got = signature(x, self.shapes_too)
+            if got != (want if self.shapes_too else want[:2] if isinstance(want, tuple) else want):
+                raise ValueError(f"input {i}: got {got}, expected {want}, which it was fused for")
+
+
+def signature(x, shapes_too=True):
+    return (x.dtype, x.device, *([tuple(x.shape)] if shapes_too else [])) if isinstance(x, torch.Tensor) else x
+
+
+# ---- 2. count
+
+
+def _tensors(x):
+    return [leaf for leaf in tree_leaves(x) if isinstance(leaf, torch.Tensor)]
+
+
+def _bytes(x):
+    """Bytes of a tensor; an expanded dimension counts once."""
+    sizes = [n for n, stride in zip(x.shape, x.stride()) if stride] if x.numel() else [0]
+    return math.prod(sizes) * x.element_size()
+
+
+class _Launches(TorchDispatchMode):
+    """Counts what reaches the device: every operation that neither makes a view nor only allocates is one kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        inputs, outputs = _tensors((args, kwargs)), _tensors(out)
+        storages = {x.untyped_storage()._cdata for x in inputs}
+        is_view = not func._schema.is_mutable and any(x.untyped_storage()._cdata in storages for x in outputs)
+        if outputs and not is_view and not func._schema.name.startswith(("aten::empty", "aten::new_empty")):
+            self.launches += 1
+            self.bytes += sum(map(_bytes, inputs)) + sum(map(_bytes, outputs))
+        return out
+
+
+class Counting(fx.Interpreter):
+    """Runs a graph and notes in every node's meta: shape, dtype, launches, bytes, and the value if no input decides it.
+
+    fused: {function: its reference}. A fused function counts as one launch, and its reference is run in its place.
+    """
+
+    def __init__(self, gm, fused=()):
+        super().__init__(gm)
+        self.fused = dict(fused)
+
+    def call_function(self, target, arguments, kwargs):
+        if target not in self.fused:
+            return super().call_function(target, arguments, kwargs)
+        with torch.utils._python_dispatch._disable_current_modes():
+            out = self.fused[target](*arguments, **kwargs)
+        self.seen.launches = 1
+        self.seen.bytes = sum(map(_bytes, _tensors((arguments, kwargs)) + _tensors(out)))
+        return out
+
+    def run_node(self, node):
+        with _Launches() as self.seen:
+            out = super().run_node(node)
+        seen = self.seen
+        node.meta |= dict(launches=seen.launches, bytes=seen.bytes, fixed=_is_fixed(node))
+        node.meta["shape"] = tuple(out.shape) if isinstance(out, torch.Tensor) else None
+        node.meta["dtype"] = out.dtype if isinstance(out, torch.Tensor) else None
+        if node.meta["fixed"] and node.op != "get_attr":
+            node.meta["value"] = out
+        return out
+
+
+def _is_fixed(node):
+    """Whether the value follows from the inputs' shapes, and not from what is in them (or in a parameter)."""
+    if node.op == "get_attr":
+        return True
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if any(word in name_of(node) for word in ("rand", "normal", "bernoulli", "multinomial", "dropout")):
+        return False
+    return name_of(node) in SHAPES_ONLY or all(n.meta["fixed"] for n in node.all_input_nodes)
+
+
+# ---- reading nodes
+
+
+def name_of(node):
+    """The operation's name, whether it is spelled as function, method, operator or ATen overload; "" if not known."""
+    if node.op == "call_method":
+        name = node.target
+    elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        name = node.target._schema.name.split("::")[1]
+    elif node.target is getattr:
+        name = node.args[1]
+    elif node.op == "call_function":
+        module = getattr(node.target, "__module__", None) or "torch"
+        name = getattr(node.target, "__name__", "") if module.split(".")[0] in ("torch", "_operator") else ""
+    else:
+        name = ""
+    return SAME.get(name, name)
+
+
+def arg(node, i, *names, default=None):
+    """Argument i, or by one of its names."""
+    if i is not None and len(node.args) > i:
+        return node.args[i]
+    return next((node.kwargs[name] for name in names if name in node.kwargs), default)
+
+
+def is_node(x):
+    return isinstance(x, fx.Node)
+
+
+def shape(node):
+    return node.meta.get("shape")
+
+
+def is_number(x):
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def writes(node):
+    """Whether a node changes a tensor in place."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    schema = getattr(node.target, "_schema", None)
+    name = name_of(node)
+    in_place = name.endswith("_") and not name.endswith("__")
+    augmented = name in ("setitem", "iadd", "isub", "imul", "itruediv", "ipow", "imatmul")
+    options = node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True
+    return in_place or augmented or options or (schema is not None and schema.is_mutable)
+
+
+def is_transparent(node):
+    """A cast between float types, or an operation that does nothing."""
+    if not is_node(node) or not node.all_input_nodes:
+        return False
+    name, source = name_of(node), node.args[0] if node.args else None
+    if not is_node(source) or shape(node) != shape(source) or shape(node) is None:
+        return False
+    if name in CASTS:
+        return node.meta["dtype"] in REFERENCE_FLOATS and source.meta["dtype"] in REFERENCE_FLOATS
+    return name == "dropout" and (arg(node, 1, "p") == 0 or not arg(node, 2, "training", "train", default=True))
+
+
+# ---- edit
+
+
+@dataclass
+class Step:
+    """One replacement: what went, what came."""
+
+    rule: str
+    removed: tuple[str, ...]
+    added: tuple[str, ...]
+
+
+@dataclass
+class Row:
+    """One node that launches something."""
+
+    node: str
+    what: str
+    launches: int
+    bytes: int
+
+
+@dataclass
+class Report:
+    """What `fuse` did. before, after: rows in order; steps; left: why known subgraphs were left alone."""
+
+    before: list[Row]
+    after: list[Row] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    rows: dict[str, Row] = field(default_factory=dict)
+
+    @staticmethod
+    def total(rows):
+        """(launches, bytes)."""
+        return sum(row.launches for row in rows), sum(row.bytes for row in rows)
+
+    def __str__(self):
+        lines = []
+        for title, rows in (("before", self.before), ("after", self.after)):
+            launches, size = self.total(rows)
+            lines.append(f"{title}: {launches} launches, {size:,} bytes")
+            counts = Counter()
+            for row in rows:
+                counts[row.what] += row.launches
+            lines.append("    " + ", ".join(f"{n} {what}" for what, n in counts.most_common()))
+        rules = Counter(step.rule for step in self.steps)
+        lines.append("replaced: " + (", ".join(f"{n} {rule}" for rule, n in rules.items()) or "nothing"))
+        return "\n".join([*lines, *(f"left alone: {reason}" for reason in dict.fromkeys(self.left))])
+
+    def states(self):
+        """The rows before the first step, after the first, and so on: [(rule, rows)]."""
+        rows, states = list(self.before), [("as traced", list(self.before))]
+        for step in self.steps:
+            at = [i for i, row in enumerate(rows) if row.node in step.removed]
+            place = at[-1] + 1 if at else len(rows)
+            rows[place:place] = [self.rows[name] for name in step.added if self.rows[name].launches]
+            rows = [row for row in rows if row.node not in step.removed]
+            states.append((step.rule, list(rows)))
+        return [*states, ("copies that have become views", list(self.after))]
+
+
+class Rewriter:
+    """Edits one graph. A rule is a method rule(node) -> bool: True if it replaced something, Refused if it must not."""
+
+    def __init__(self, gm, ops, pinned):
+        self.gm, self.graph, self.ops, self.pinned = gm, gm.graph, ops, pinned
+        self.report = Report(self.rows())
+        self.effects = {node for node in self.graph.nodes if not node.users}  # nobody reads them: they are there to act
+
+    def rows(self):
+        return [_row(node) for node in self.graph.nodes if node.meta["launches"]]
+
+    # -- the graph
+
+    def order(self):
+        return {node: i for i, node in enumerate(self.graph.nodes)}
+
+    def closed(self, inside, outputs):
+        """inside: nodes that go; outputs: those of them that are replaced. Refuse if another is needed elsewhere."""
+        for node in inside - set(outputs):
+            if is_transparent(node) and node.args[0] not in inside:
+                continue  # a cast of an input: it stays for whoever else wants it
+            elsewhere = [user for user in node.users if user not in inside]
+            if elsewhere:
+                raise Refused(f"{node.name} is used elsewhere too, by {elsewhere[0].name}")
+
+    def still(self, inside):
+        """Refuse if a tensor is changed in place between the first and the last node: it might be one of ours."""
+        order = self.order()
+        first, last = min(map(order.get, inside)), max(map(order.get, inside))
+        for node, i in order.items():
+            if first <= i <= last and writes(node):
+                raise Refused(f"{node.name} writes in place in between")
+
+    def hoist(self, *nodes):
+        """Attributes to the top: they have no inputs, so they may be read at any time."""
+        top = next(iter(self.graph.nodes))
+        for node in nodes:
+            if is_node(node) and node.op == "get_attr" and node is not top:
+                top.prepend(node)
+
+    def call(self, target, arguments, like, **kwargs):
+        """A new node at the insertion point. like: (shape, dtype); its launches and bytes are set by `replace`."""
+        node = self.graph.call_function(target, arguments, kwargs)
+        node.meta = dict(launches=0, bytes=0, fixed=False, shape=like[0], dtype=like[1])
+        return node
+
+    def op(self, name, arguments, like, **kwargs):
+        """A fused operation: one launch, which reads its inputs once and writes its outputs once."""
+        node = self.call(getattr(self.ops, name), arguments, like[0] if len(like) == 1 else (None, None), **kwargs)
+        size = sum(math.prod(s) * d.itemsize for s, d in like)
+        size += sum(math.prod(shape(n)) * n.meta["dtype"].itemsize for n in node.all_input_nodes)
+        node.meta |= dict(launches=1, bytes=size)
+        outputs = [self.call(operator.getitem, (node, i), meta) for i, meta in enumerate(like)] if len(like) > 1 else []
+        return node, outputs
+
+    def replace(self, rule, new, pairs):
+        """Users of old take new instead, for each (old, new); what nobody needs then goes. new: nodes to report."""
+        before = [node.name for node in self.graph.nodes]
+        for old, by in pairs:
+            old.replace_all_uses_with(by)
+        for node in reversed(list(self.graph.nodes)):
+            dead = not node.users and node not in self.effects
+            if dead and (not node.is_impure() or is_transparent(node)):  # torch takes dropout for impure even if off
+                self.graph.erase_node(node)
+        alive = {node.name for node in self.graph.nodes}
+        added = tuple(node.name for node in new)
+        self.report.rows |= {node.name: _row(node) for node in new}
+        self.report.steps.append(Step(rule, tuple(n for n in before if n not in alive), added))
+
+    def sweep(self, rule, function):
+        """Try a rule on every node, until it finds nothing more."""
+        known = set()
+        while True:
+            for node in reversed(list(self.graph.nodes)):
+                if node in known:
+                    continue
+                known.add(node)
+                try:
+                    if function(node):
+                        break
+                except Refused as reason:
+                    self.report.left.append(f"{rule} at {node.name}: {reason}")
+            else:
+                return
+
+    # -- reading through spellings
+
+    def strip(self, node, inside):
+        """The node under casts and disabled dropout; those go into `inside`."""
+        while is_transparent(node):
+            inside.add(node)
+            node = node.args[0]
+        return node
+
+    def factors(self, node, inside, top=True):
+        """[(factor, +1 or -1)] of a product: x * y / z, in any order, through casts. A shared product is one factor."""
+        stripped = set()
+        bare = self.strip(node, stripped) if is_node(node) else node
+        if is_node(bare) and name_of(bare) in ("mul", "div") and (top or len(bare.users) == 1):
+            if name_of(bare) == "mul" or arg(bare, None, "rounding_mode") is None:
+                inside |= stripped | {bare}
+                left = self.factors(arg(bare, 0, "input"), inside, False)
+                right = self.factors(arg(bare, 1, "other"), inside, False)
+                sign = 1 if name_of(bare) == "mul" else -1
+                return left + [(f, sign * s) for f, s in right]
+        return [(node, 1)]
+
+    def two(self, node, name):
+        """The operands of a commutative operation, in both orders."""
+        if is_node(node) and name_of(node) == name and arg(node, None, "alpha", default=1) == 1:
+            a, b = arg(node, 0, "input"), arg(node, 1, "other")
+            return [(a, b), (b, a)]
+        return []
+
+
+def _row(node):
+    what = node.target if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
+    return Row(node.name, name_of(node) or str(what), node.meta["launches"], node.meta["bytes"])
+
+
+def attribute(module, path):
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module

@@ -1,0 +1,449 @@
+"""The graph pass of chapter 03: what it finds under which spelling, what it must leave alone, and what it counts."""
+
+import copy
+import warnings
+from collections import Counter
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernels import fusion
+from labkit import fusion as ref
+from labkit import fx_graph
+from labkit.check import BF16, F32, assert_matches, randn
+from labkit.model import Config, Llama, causal
+
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+
+WIDTH, HEADS, DIM, LEN = 32, 4, 8, 6
+
+
+def normal(*shape, dtype=F32, seed=0):
+    return randn(np.random.default_rng(seed), *shape, dtype=dtype)
+
+
+def initialised(module, dtype=F32):
+    """Weights large enough that a wrong block shows beside the residual."""
+    rng = np.random.default_rng(1)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(randn(rng, *p.shape) * 0.3 + (p.ndim == 1))
+    return module.to(dtype).eval()
+
+
+def fuse(module, inputs, ops=ref):
+    return ref.fuse(module, inputs, ops=ops, verbose=False)
+
+
+def rules(fused):
+    return dict(Counter(step.rule for step in fused.report.steps))
+
+
+def assert_same(fused, module, *inputs):
+    """By the lab's rule: the module itself, in fp64 and in its own dtype, is the reference."""
+
+    def reference(*args):
+        dtype = next(x.dtype for x in args if isinstance(x, torch.Tensor) and x.is_floating_point())
+        return copy.deepcopy(module).to(dtype)(*args)
+
+    with torch.no_grad():
+        assert_matches(fused(*inputs), reference, *inputs)
+
+
+def llama(dtype, **options):
+    config = Config(64, WIDTH, 48, 2, HEADS, 2, DIM, **options)
+    return initialised(Llama(config), dtype)
+
+
+# ---- real models
+
+BLOCK = {"rmsnorm": 2, "add_rmsnorm": 1, "swiglu": 1, "rope": 1, "one product": 2}
+
+
+@pytest.mark.parametrize("ops", [ref, fusion], ids=lambda ops: ops.__name__)
+@pytest.mark.parametrize("options", [dict(dtype=F32), dict(dtype=BF16), dict(dtype=BF16, qkv_bias=True, qk_norm=True)], ids=str)
+def test_our_block(options, ops):
+    model = llama(**options)
+    cos, sin = model.angles(torch.arange(LEN))
+    inputs = (normal(2, LEN, WIDTH, dtype=options["dtype"]), cos, sin, partial(causal, 0))
+    fused = fuse(model.layers[0], inputs, ops)
+    assert rules(fused) == BLOCK | {"rmsnorm": 4 if "qk_norm" in options else 2}
+    assert_same(fused, model.layers[0], *inputs)
+
+
+def test_our_whole_model():
+    """Its checks of `ids` are branches, which torch.fx cannot trace: torch.export can."""
+    model, ids = llama(F32), torch.from_numpy(np.random.default_rng(0).integers(0, 64, (2, LEN)))
+    fused = fuse(model, (ids,))
+    assert rules(fused) == {"rmsnorm": 5, "add_rmsnorm": 4, "swiglu": 2, "rope": 2, "one product": 4}
+    with torch.no_grad():
+        torch.testing.assert_close(fused(ids), model(ids), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"^input 0: got .*\(3, 4\).*expected .*\(2, 6\).* it was fused for"):
+        fused(ids.view(3, 4))
+
+
+class TransformersBlock(nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+        config = transformers.LlamaConfig(
+            vocab_size=64, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=1, num_attention_heads=HEADS,
+            num_key_value_heads=2, attn_implementation=attention,
+        )  # fmt: skip
+        model = transformers.LlamaModel(config)
+        self.block, self.rotary = model.layers[0], [model.rotary_emb]  # in a list: no part of this module
+
+    def forward(self, x, cos, sin, mask=None):
+        return self.block(x, position_embeddings=(cos, sin), attention_mask=mask)
+
+
+@pytest.mark.parametrize("attention, dtype, ops", [("eager", BF16, ref), ("eager", F32, fusion), ("sdpa", BF16, fusion)],
+                         ids=["eager-bf16-labkit", "eager-fp32-kernels", "sdpa-bf16-kernels"])  # fmt: skip
+def test_a_block_of_transformers(attention, dtype, ops):
+    module = initialised(TransformersBlock(attention), dtype)
+    x = normal(2, LEN, WIDTH, dtype=dtype)
+    inputs = (x, *module.rotary[0](x, torch.arange(LEN)[None]))
+    fused = fuse(module, inputs, ops)
+    assert rules(fused) == BLOCK | ({"attention": 1} if attention == "eager" else {})
+    assert sum(row.launches for row in fused.report.after) == 10
+    assert_same(fused, module, *inputs)
+    mask = torch.zeros(1, 1, LEN, LEN, dtype=dtype).masked_fill(torch.ones(LEN, LEN).triu(1).bool(), float("-inf"))
+    fused = fuse(module, (*inputs, mask), ref)
+    assert rules(fused) == BLOCK, "a mask that is an input need not be causal"
+    assert_same(fused, module, *inputs, mask)
+    assert_same(fused, module, *inputs, mask.transpose(2, 3) * 0)
+
+
+# ---- spellings
+
+
+class Module(nn.Module):
+    """A module of one function of (module, *inputs), with some weights."""
+
+    def __init__(self, function, **weights):
+        super().__init__()
+        self.function = function
+        for name, shape in weights.items():
+            setattr(self, name, nn.Parameter(torch.zeros(shape)))
+
+    def forward(self, x, y=None):
+        return self.function(self, x, y)
+
+
+EPS = 1e-3
+NORMS = {
+    "pow, mean, rsqrt": lambda m, x, _: m.w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)),
+    "x * x, sqrt, /": lambda m, x, _: x / torch.sqrt((x * x).mean(-1, keepdim=True) + EPS) * m.w,
+    "square, ** -0.5": lambda m, x, _: m.w * x * (EPS + torch.square(x).mean(dim=-1, keepdim=True)) ** -0.5,
+    "sum / width": lambda m, x, _: x * m.w * torch.rsqrt((x**2).sum(-1, keepdim=True) / WIDTH + EPS),
+    "reciprocal of sqrt": lambda m, x, _: x * m.w * (x.pow(2).mean(-1, True) + EPS).sqrt().reciprocal(),
+    "in fp32, cast before the weight": lambda m, x, _: m.w * (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype),
+    "in fp32, cast after the weight": lambda m, x, _: (m.w.float() * x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS)).type_as(x),
+    "F.rms_norm": lambda m, x, _: F.rms_norm(x, (WIDTH,), m.w, EPS),
+    "scaled afterwards": lambda m, x, _: 3.0 * (m.w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS))),
+    "1 + w": lambda m, x, _: (1.0 + m.w) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_spellings_of_rmsnorm(name):
+    for dtype in (F32, BF16):
+        module, x = initialised(Module(NORMS[name], w=WIDTH), dtype), normal(2, 3, WIDTH, dtype=dtype)
+        fused = fuse(module, (x,))
+        assert rules(fused) == {"rmsnorm": 1}
+        assert_same(fused, module, x)
+        assert_same(fused, module, normal(1, 5, WIDTH, dtype=dtype, seed=3)), "other shapes are fine too"
+        plain = sum(row.launches for row in fused.report.before)
+        assert sum(row.launches for row in fused.report.after) < plain or name == "F.rms_norm"
+
+
+GATES = {
+    "F.silu": lambda m, x, y: F.silu(x) * y,
+    "the other way round": lambda m, x, y: y * F.silu(x),
+    "sigmoid": lambda m, x, y: x * torch.sigmoid(x) * y,
+    "sigmoid, mixed": lambda m, x, y: (y * x) * x.sigmoid(),
+    "in fp32": lambda m, x, y: F.silu(x.float()).to(x.dtype) * y,
+    "module": lambda m, x, y: nn.SiLU()(x).mul(y),
+    "two products": lambda m, x, y: F.silu(F.linear(x, m.a)) * F.linear(x, m.b),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_spellings_of_swiglu(name):
+    for dtype in (F32, BF16):
+        x, y = normal(2, 3, WIDTH, dtype=dtype), normal(2, 3, WIDTH, dtype=dtype, seed=1)
+        module = initialised(Module(GATES[name], a=(5, WIDTH), b=(5, WIDTH)), dtype)
+        fused = fuse(module, (x, y))
+        assert rules(fused) == {"swiglu": 1} | ({"one product": 1} if name == "two products" else {})
+        assert_same(fused, module, x, y)
+
+
+def heads(m, x):
+    """q, k, v [B, H, T, D] of x."""
+    return (F.linear(x, w).unflatten(-1, (HEADS, DIM)).transpose(1, 2) for w in (m.q, m.k, m.v))
+
+
+def scored(softmax_of):
+    def run(m, x, _):
+        q, k, v = heads(m, x)
+        return softmax_of(q, k, v, m)
+
+    return run
+
+
+def keep():
+    return torch.ones(LEN, LEN, dtype=torch.bool).tril()
+
+
+def bmm(q, k, v, m):
+    q, k, v = (x.reshape(-1, LEN, DIM) for x in (q, k, v))
+    return torch.bmm(torch.softmax(torch.bmm(q, k.transpose(1, 2)) * DIM**-0.5, -1), v)
+
+
+ATTENTIONS = {
+    "no mask": lambda q, k, v, m: torch.softmax(q @ k.transpose(-1, -2) / DIM**0.5, -1) @ v,
+    "q scaled first": lambda q, k, v, m: ((q * DIM**-0.5) @ k.mT).softmax(-1) @ v,
+    "added -inf": lambda q, k, v, m: F.softmax(q @ k.mT * 0.2 + q.new_zeros(LEN, LEN).masked_fill(~keep(), float("-inf")), -1) @ v,
+    "masked_fill": lambda q, k, v, m: F.softmax((q @ k.mT * 0.2).masked_fill(~keep(), -1e9), dim=-1) @ v,
+    "where": lambda q, k, v, m: F.softmax(torch.where(keep(), 0.2 * (q @ k.mT), float("-inf")), dim=-1) @ v,
+    "in fp32, dropout that is off": lambda q, k, v, m: F.dropout(F.softmax(q @ k.mT, -1, dtype=torch.float32).to(q.dtype), 0.1, m.training) @ v,
+    "einsum": lambda q, k, v, m: torch.einsum("bhts,bhsd->bthd", torch.einsum("bhtd,bhsd->bhts", q, k).mul(0.2).softmax(-1), v),
+    "bmm": bmm,
+    "repeated heads": lambda q, k, v, m: torch.softmax(q @ k[:, :2].repeat_interleave(2, 1).mT, -1) @ v[:, :2].repeat_interleave(2, dim=1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_spellings_of_attention(name):
+    module = Module(scored(ATTENTIONS[name]), **dict.fromkeys("qkv", (HEADS * DIM, WIDTH)))
+    for dtype, ops in ((F32, ref), (BF16, fusion)):
+        initialised(module, dtype)
+        x = normal(2, LEN, WIDTH, dtype=dtype)
+        fused = fuse(module, (x,), ops)
+        assert rules(fused) == {"attention": 1, "one product": 1}
+        assert_same(fused, module, x)
+        assert not any(row.what == "softmax" for row in fused.report.after)
+    if name in ("masked_fill", "added -inf", "where"):
+        with pytest.raises(ValueError, match=r"^input 0: got .* expected .*\(2, 6, 32\)"):
+            fused(x[:, :4])
+
+
+# ---- what must stay
+
+
+def used_twice(m, x, y):
+    unit = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+    return m.w * unit + unit
+
+
+def variance_used(m, x, y):
+    var = x.pow(2).mean(-1, keepdim=True)
+    return m.w * (x * torch.rsqrt(var + EPS)) + var
+
+
+def written_between(m, x, y):
+    x = x + 0
+    a = F.silu(x)
+    y = y.clone()
+    b = torch.add(y, 0)
+    y.add_(1)
+    return a * b
+
+
+def weights_written(m, x, y):
+    """The first norm reads x before it is changed, the second after."""
+    x = x * 1
+    square = x.pow(2)
+    x.mul_(2)
+    return m.w * (x * torch.rsqrt(square.mean(-1, keepdim=True) + EPS))
+
+
+NOT = {
+    "another dimension": (lambda m, x, y: m.w * (x * torch.rsqrt(x.pow(2).mean(-2, keepdim=True) + EPS)), "rmsnorm"),
+    "another tensor's norm": (lambda m, x, y: m.w * (x * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + EPS)), "rmsnorm"),
+    "eps outside the root": (lambda m, x, y: m.w * (x / (x.pow(2).mean(-1, keepdim=True).sqrt() + EPS)), "rmsnorm"),
+    "cubes": (lambda m, x, y: m.w * (x * torch.rsqrt(x.pow(3).mean(-1, keepdim=True) + 99)), "rmsnorm"),
+    "sum without width": (lambda m, x, y: m.w * (x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + EPS)), "rmsnorm"),
+    "divided by the weight": (lambda m, x, y: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) / m.w, "rmsnorm"),
+    "a matrix of weights": (lambda m, x, y: y * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)), "rmsnorm"),
+    "the unit vector is used": (used_twice, "rmsnorm"),
+    "the variance is used": (variance_used, "rmsnorm"),
+    "x changed in between": (weights_written, "rmsnorm"),
+    "broadcast gate": (lambda m, x, y: F.silu(x[:, :1]) * y, "swiglu"),
+    "another sigmoid": (lambda m, x, y: x * torch.sigmoid(y) * y * 1.0 if False else x * torch.sigmoid(y + x) * y, "swiglu"),
+    "silu is used": (lambda m, x, y: F.silu(x) * y + F.silu(x).sum() if False else (lambda s: s * y + s)(F.silu(x)), "swiglu"),
+    "silu in place": (lambda m, x, y: F.silu(x.clone(), inplace=True) * y, "swiglu"),
+    "written in between": (written_between, "swiglu"),
+    "gelu of a sum of two": (lambda m, x, y: F.gelu(x + y), "bias_gelu"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT)
+def test_left_alone(name):
+    function, rule = NOT[name]
+    module = initialised(Module(function, w=WIDTH))
+    x, y = normal(2, 3, WIDTH), normal(2, 3, WIDTH, seed=1)
+    fused = fuse(module, (x, y))
+    assert rule not in rules(fused)
+    assert_same(fused, module, x, y)
+
+
+def test_a_reason_is_given():
+    module = initialised(Module(variance_used, w=WIDTH))
+    fused = fuse(module, (normal(2, WIDTH),))
+    assert any("is used elsewhere too" in reason for reason in fused.report.left)
+    assert "left alone: rmsnorm at" in str(fused.report)
+
+
+NOT_CAUSAL = {
+    "window": lambda q, k, v, m: F.softmax((q @ k.mT).masked_fill(~(keep() & ~keep().tril(-3)), float("-inf")), -1) @ v,
+    "upside down": lambda q, k, v, m: F.softmax((q @ k.mT).masked_fill(keep().tril(-1), float("-inf")), -1) @ v,
+    "a bias, not a mask": lambda q, k, v, m: F.softmax(q @ k.mT + torch.arange(LEN), -1) @ v,
+    "a mask too mild": lambda q, k, v, m: F.softmax((q @ k.mT).masked_fill(~keep(), -9.0), -1) @ v,
+    "a parameter": lambda q, k, v, m: F.softmax(q @ k.mT + m.p * 0, -1) @ v,
+    "over the queries": lambda q, k, v, m: F.softmax(q @ k.mT, -2) @ v,
+    "the weights are used": lambda q, k, v, m: (lambda p: p @ v + p.sum())(F.softmax(q @ k.mT, -1)),
+    "scaled for each head": lambda q, k, v, m: F.softmax(q @ k.mT * m.s, -1) @ v,
+    "dropout": lambda q, k, v, m: F.dropout(F.softmax(q @ k.mT, -1), 0.5, True) @ v,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_CAUSAL)
+def test_attention_left_alone(name):
+    weights = dict.fromkeys("qkv", (HEADS * DIM, WIDTH)) | {"p": (LEN, LEN), "s": (HEADS, 1, 1)}
+    module, x = initialised(Module(scored(NOT_CAUSAL[name]), **weights)), normal(2, LEN, WIDTH)
+    fused = fuse(module, (x,))
+    assert rules(fused) == {"one product": 1}
+    if name != "dropout":
+        assert_same(fused, module, x)
+
+
+def aliased(m, x, y):
+    h = x
+    h += y  # torch.fx traces this as a new tensor; but it is x that changes
+    return h + x
+
+
+def test_a_trace_that_lost_an_alias_is_not_used():
+    module = Module(aliased)
+    x, y = normal(2, 3), normal(2, 3, seed=1)
+    fused = fuse(module, (x, y))
+    mine, theirs = x.clone(), x.clone()
+    assert torch.equal(fused(mine, y), module(theirs, y))
+    assert torch.equal(mine, theirs)
+    assert torch.equal(theirs, x + y)
+
+
+def test_cannot_be_traced():
+    module = Module(lambda m, x, y: x.sum().item() * (x if x.sum() > 0 else -x))
+    with pytest.raises(ValueError, match=r"^module: got Module, which cannot be traced \(torch.fx: .*; torch.export: "):
+        fuse(module, (normal(2),))
+    layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True).eval()  # takes another path when it is not traced
+    with pytest.raises(ValueError, match=r"torch.export: what it traced computes something else than the module"):
+        fuse(layer, (normal(2, 3, 32),))
+    for given, name in (((lambda x: x, (normal(2),)), "module"), ((Module(aliased), normal(2)), "example_inputs")):
+        with pytest.raises(ValueError, match=f"^{name}: got .* expected "):
+            fuse(*given)
+
+
+def test_inputs_are_held_to_what_was_assumed():
+    module = initialised(Module(NORMS["F.rms_norm"], w=WIDTH))
+    fused = fuse(module, (normal(2, WIDTH), None))
+    fused(normal(7, WIDTH))
+    for given in ((normal(2, WIDTH, dtype=BF16),), (normal(2, WIDTH), 3), (normal(2, WIDTH), None, None)):
+        with pytest.raises(ValueError, match=r"^input"):
+            fused(*given)
+    with pytest.raises(ValueError, match=r"^inputs: got x by name"):
+        fused(x=normal(2, WIDTH))
+
+
+def test_the_module_stays_as_it_is():
+    model = llama(F32)
+    block = nn.Sequential(model.layers[0].mlp, nn.BatchNorm1d(LEN)).train()
+    before = {name: x.clone() for name, x in block.state_dict().items()}
+    state, x = torch.get_rng_state(), normal(2, LEN, WIDTH)
+    fused = fuse(block, (x,))
+    assert all(torch.equal(x, before[name]) for name, x in block.state_dict().items())
+    assert block.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert fused.get_parameter("0.down_proj.weight") is block[0].down_proj.weight, "shared"
+    assert sum(p.numel() for p in fused.parameters()) == sum(p.numel() for p in block.parameters()), "nothing twice"
+
+
+def test_ops_may_lack_a_function():
+    model = llama(F32)
+    ops = SimpleNamespace(swiglu=ref.swiglu)
+    fused = fuse(model.layers[0].mlp, (normal(2, 3, WIDTH),), ops)
+    assert rules(fused) == {"swiglu": 1, "one product": 1}
+
+
+def test_bias_gelu():
+    module, x = initialised(Module(lambda m, x, y: F.gelu(x + m.b, approximate="tanh"), b=WIDTH)), normal(2, 3, WIDTH)
+    fused = fuse(module, (x,), fusion)
+    assert rules(fused) == {"bias_gelu": 1}
+    assert_same(fused, module, x)
+
+
+@pytest.mark.parametrize("module, shape", [
+    (nn.MultiheadAttention(32, 4, batch_first=True), (2, 3, 32)),
+    (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GELU()), (1, 3, 8, 8)), (nn.LSTM(8, 8), (3, 2, 8)), (nn.GroupNorm(2, 4), (2, 4, 5)),
+    (Module(lambda m, x, y: torch.cat([x.sin(), x.cos()], -1).split(1, 0)[0]), (2, 4)), (Module(lambda m, x, y: (x.max(), {"a": x.topk(2)})), (5,)),
+    (Module(lambda m, x, y: x.new_zeros(x.shape[0]) + x[:, 0] + x.size(1)), (2, 3)),
+], ids=lambda x: type(x).__name__ if isinstance(x, nn.Module) else "")  # fmt: skip
+def test_what_it_does_not_know_stays(module, shape):
+    """Either the same bits, or a clear refusal."""
+    module, x = module.eval(), normal(*shape)
+    inputs = (x, x, x) if isinstance(module, nn.MultiheadAttention) else (x,)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        fused = fuse(module, inputs)
+        got, want = fx_graph.tree_leaves(fused(*inputs)), fx_graph.tree_leaves(module(*inputs))
+    assert len(got) == len(want)
+    assert all(map(torch.equal, got, want))
+
+
+# ---- the bill
+
+
+def test_counts_by_hand():
+    """x + y, then a norm in fp32: every operation reads and writes its tensors once."""
+    rows = 5
+    module = initialised(Module(lambda m, x, y: (lambda s: (NORMS["pow, mean, rsqrt"](m, s, None), s))(x + y), w=WIDTH))
+    x, y = normal(rows, WIDTH), normal(rows, WIDTH, seed=1)
+    fused = fuse(module, (x, y))
+    n, r, w = 4 * rows * WIDTH, 4 * rows, 4 * WIDTH
+    want = {
+        "add": (2, 3 * n + 2 * r), "pow": (1, 2 * n), "mean": (1, n + r), "rsqrt": (1, 2 * r), "mul": (2, 2 * n + r + 2 * n + w),
+    }  # fmt: skip
+    got = {}
+    for row in fused.report.before:
+        launches, size = got.get(row.what, (0, 0))
+        got[row.what] = (launches + row.launches, size + row.bytes)
+    assert got == want
+    assert [(row.what, row.launches, row.bytes) for row in fused.report.after] == [("add_rmsnorm", 1, 4 * n + w)]
+    assert str(fused.report).startswith("before: 7 launches, ")
+
+
+def test_views_and_allocations_are_free():
+    module = Module(lambda m, x, y: x.new_empty(3).fill_(1) + x.t().view(3, 2).expand(4, 3, 2)[0].permute(1, 0).contiguous().sum(0))
+    rows = fx_graph.trace(module, (normal(3, 2).t(),))[0]
+    counts = {n.name: n.meta["launches"] for n in rows.graph.nodes if n.op.startswith("call") and n.meta["launches"]}
+    assert counts == {"fill_": 1, "contiguous": 1, "sum_1": 1, "add": 1}
+
+
+def test_states_lead_from_before_to_after():
+    model = llama(BF16)
+    cos, sin = model.angles(torch.arange(LEN))
+    inputs = (normal(2, LEN, WIDTH, dtype=BF16), cos, sin, partial(causal, 0))
+    report = fuse(model.layers[0], inputs).report
+    states = report.states()
+    assert states[0][1] == report.before
+    assert states[-1][1] == report.after
+    launches = [report.total(rows)[0] for _, rows in states]
+    assert launches == sorted(launches, reverse=True)
+    assert [row.node for row in states[-2][1]] == [row.node for row in report.after]
