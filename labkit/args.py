@@ -313,3 +313,85 @@ def gate_up(x, gate_weight, up_weight, norm_weight, dtypes=FLOATS) -> tuple[int,
     if norm_weight is not None:
         tensor("norm_weight", norm_weight, (k,), like=x, dtype=x.dtype)
     return m, gate_weight.shape[0], k
+
+
+def distillation(student, teacher, labels, temperature, ce_weight, kind, beta, reduction, dtypes=FLOATS) -> tuple:
+    """Check the arguments of `kd_loss`: student, teacher logits [..., V]; labels [...] integers or None.
+
+    Returns (rows, V, kind), where kind is "forward_kl" or "reverse_kl" for the two ends of "jsd" (beta 0 and 1).
+    """
+    rows, vocab = row_tensor("student_logits", student, dtypes)
+    row_tensor("teacher_logits", teacher, dtypes)
+    tensor("teacher_logits", teacher, tuple(student.shape), like=student)
+    expect(vocab > 0, "student_logits (vocabulary)", vocab, "at least 1")
+    expect(0 < temperature < math.inf, "temperature", temperature, "a number above 0")
+    expect(0 <= ce_weight < math.inf, "ce_weight", ce_weight, "a number, at least 0")
+    expect(kind in ("forward_kl", "reverse_kl", "jsd"), "kind", repr(kind), "'forward_kl', 'reverse_kl' or 'jsd'")
+    expect(0 <= beta <= 1, "beta", beta, "0 to 1")
+    expect(reduction in ("mean", "sum", "none"), "reduction", repr(reduction), "'mean', 'sum' or 'none'")
+    expect(labels is not None or not ce_weight, "labels", "None", f"labels, since ce_weight is {ce_weight}")
+    if labels is not None:
+        tensor("labels", labels, tuple(student.shape[:-1]), like=student, dtypes=(torch.int32, torch.int64))
+        if checks_values(labels):
+            bad = labels[(labels != -100) & ((labels < 0) | (labels >= vocab))]
+            expect(not len(bad), "labels", bad[:1].tolist(), f"0 to {vocab - 1}, or -100 for a row to leave out")
+    return rows, vocab, {0: "forward_kl", 1: "reverse_kl"}.get(beta, kind) if kind == "jsd" else kind
+
+
+def decode_block(x, k, qkv_weight, o_weight, gate_up_weight, down_weight, dtypes=FLOATS) -> tuple[int, int, int]:
+    """Check the weights of `decode_block`: x [B, K]; k [B, L, Hkv, D]; qkv_weight [(Hq + 2 Hkv) D, K];
+    o_weight [K, Hq D]; gate_up_weight [2 F, K]; down_weight [K, F]. Returns (Hq, Hkv, D).
+    """
+    tensor("x", x, ("batch", "k"), dtypes=dtypes)
+    tensor("k", k, (len(x), "max_kv_len", "num_kv_heads", "head_dim"), like=x, dtype=x.dtype)
+    width, num_kv_heads, dim = x.shape[1], *k.shape[2:]
+    tensor("qkv_weight", qkv_weight, ("(num_q_heads + 2 num_kv_heads) head_dim", width), like=x, dtype=x.dtype)
+    num_q_heads = qkv_weight.shape[0] // max(1, dim) - 2 * num_kv_heads
+    tensor("o_weight", o_weight, (width, num_q_heads * dim), like=x, dtype=x.dtype)
+    tensor("gate_up_weight", gate_up_weight, ("2 f", width), like=x, dtype=x.dtype)
+    tensor("down_weight", down_weight, (width, gate_up_weight.shape[0] // 2), like=x, dtype=x.dtype)
+    return num_q_heads, num_kv_heads, dim
+
+
+def share(name: str, value, *, below_one=False) -> None:
+    """A share of weights or groups: a number from 0 to 1, or below 1."""
+    ok = _is_number(value) and 0 <= value <= 1 and not (below_one and value == 1)
+    expect(ok, name, value, "a number from 0 to " + ("below 1" if below_one else "1"))
+
+
+def n_of_m(n, m, columns: int) -> None:
+    """n of m neighbouring columns are kept."""
+    ok = all(isinstance(x, int) and not isinstance(x, bool) for x in (n, m)) and 1 <= n <= m
+    expect(ok, "n, m", (n, m), "two ints, 1 <= n <= m")
+    expect(columns % m == 0, "columns", columns, f"a multiple of m = {m}")
+
+
+def sparsity_pattern(sparsity, n, m, columns: int, *, below_one=False) -> None:
+    """Either a share of all weights to remove, or n of m neighbouring columns to keep."""
+    ok = (n is None and m is None) if sparsity is not None else (n is not None and m is not None)
+    expect(ok, "sparsity, n, m", (sparsity, n, m), "sparsity alone, or n and m")
+    if sparsity is None:
+        n_of_m(n, m, columns)
+    else:
+        share("sparsity", sparsity, below_one=below_one)
+
+
+def wanda(w, x_norm, sparsity, n, m, dtypes=FLOATS) -> tuple[int, int]:
+    """Check the arguments of `wanda_mask`: w [N, K]; x_norm [K], a float type. Returns (N, K)."""
+    tensor("w", w, ("n", "k"), dtypes=dtypes)
+    tensor("x_norm", x_norm, (w.shape[1],), like=w, dtypes=dtypes)
+    sparsity_pattern(sparsity, n, m, w.shape[1])
+    return tuple(w.shape)
+
+
+def sparse_24(x, values, meta, dtypes=FLOATS) -> tuple[int, int, int]:
+    """Check the arguments of `matmul_24`: x [M, K]; values [N, K/2] in x's dtype; meta [N, K/8] uint8.
+
+    Returns (M, N, K).
+    """
+    tensor("x", x, ("m", "k"), dtypes=dtypes)
+    m, k = x.shape
+    expect(k % 8 == 0, "x (columns)", k, "a multiple of 8")
+    tensor("values", values, ("n", k // 2), like=x, dtype=x.dtype)
+    tensor("meta", meta, (values.shape[0], k // 8), like=x, dtype=torch.uint8)
+    return m, values.shape[0], k

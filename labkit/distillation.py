@@ -1,0 +1,83 @@
+"""Knowledge distillation: the loss that teaches a student another model's distribution, and what it is made of.
+
+    loss = T^2 * D(teacher_T, student_T) + ce_weight * CE(labels, student)
+
+where softmax(z / T) is taken of both at the temperature T, and D is a divergence. Hinton, Vinyals and Dean 2015
+(section 2) for the loss and T^2; Agarwal et al. 2024 (GKD, section 3) for the generalised Jensen-Shannon divergence.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from labkit import args
+
+IGNORED = -100  # the label of a row that takes no part, as in torch's cross_entropy
+
+
+def expected_difference(logp, logq):
+    """Sum over the last dimension of p (log p - log q): KL(p || q). Where p is 0 a term is 0, whatever q is."""
+    there = logp > -math.inf
+    difference = torch.where(there, logp - logq, 0.0)
+    return (torch.where(there, logp.exp(), 0.0) * difference).sum(-1)
+
+
+def divergence(logp, logq, kind="forward_kl", beta=0.5):
+    """D between the teacher's log-probabilities logp and the student's logq, [..., V] -> [...], in nats.
+
+    "forward_kl" is KL(p || q), "reverse_kl" KL(q || p), and "jsd" is beta KL(p || m) + (1 - beta) KL(q || m) with
+    m = beta p + (1 - beta) q. That formula is 0 at both ends of beta; like TRL, `kd_loss` puts the two KLs there.
+    """
+    if kind == "forward_kl":
+        return expected_difference(logp, logq)
+    if kind == "reverse_kl":
+        return expected_difference(logq, logp)
+    logm = torch.logaddexp(logp + math.log(beta), logq + math.log1p(-beta))
+    return beta * expected_difference(logp, logm) + (1 - beta) * expected_difference(logq, logm)
+
+
+def kd_loss(
+    student_logits, teacher_logits, labels=None, *,
+    temperature=1.0, ce_weight=0.0, kind="forward_kl", beta=0.5, reduction="mean",
+):  # fmt: skip
+    """The distillation loss, with its gradient for the student; the teacher is a constant.
+
+    student_logits, teacher_logits [..., V] fp16, bf16, fp32 (fp64: the reference only), dtypes may differ; -inf is a
+    token that cannot be. labels [...] int32 or int64; a row labelled -100 leaves both terms. kind: "forward_kl",
+    "reverse_kl", or "jsd" with beta, whose ends 0 and 1 are the forward and the reverse KL. T^2 (temperature) is
+    included, the cross-entropy is taken at temperature 1. reduction: "mean" over the rows that take part (none: 0),
+    "sum", or "none": [...] with 0 for the rows left out.
+
+    Returns the loss in fp32. Raises ValueError naming the argument: shapes that differ, temperature <= 0, a negative
+    ce_weight or one without labels, an unknown kind, labels out of range.
+    """
+    _, vocab, kind = args.distillation(
+        student_logits, teacher_logits, labels, temperature, ce_weight, kind, beta, reduction, args.REFERENCE_FLOATS
+    )
+    z, t = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (student_logits, teacher_logits.detach()))
+    logp, logq = (t / temperature).log_softmax(-1), (z / temperature).log_softmax(-1)
+    rows = temperature**2 * divergence(logp, logq, kind, beta)
+    if ce_weight:
+        hard = F.cross_entropy(z.reshape(-1, vocab), labels.reshape(-1).long(), reduction="none", ignore_index=IGNORED)
+        rows = rows + ce_weight * hard.view(rows.shape)
+    keep = torch.ones_like(rows, dtype=torch.bool) if labels is None else labels != IGNORED
+    return reduce(torch.where(keep, rows, 0.0), keep, reduction)
+
+
+def reduce(rows, keep, reduction):
+    """rows [...] with 0 where keep is False -> their "mean" over the kept ones (none kept: 0), "sum", or rows."""
+    if reduction == "none":
+        return rows
+    return rows.sum() / keep.sum().clamp(min=1) if reduction == "mean" else rows.sum()
+
+
+def kd_loss_and_grad(student_logits, teacher_logits, labels=None, **options):
+    """(loss, gradient for the student's logits, in their dtype): one training step's share of the loss.
+
+    Arguments as in `kd_loss`; with reduction "none" the gradient is that of the sum.
+    """
+    z = student_logits.detach().requires_grad_()
+    loss = kd_loss(z, teacher_logits, labels, **options)
+    (grad,) = torch.autograd.grad(loss.sum(), z) if loss.requires_grad else (torch.zeros_like(z),)
+    return loss.detach(), grad
