@@ -186,7 +186,9 @@ class Engine:
 
         **sampling: temperature, top_k, top_p, stop as for `add`. Raises ValueError before anything is computed.
         """
-        jobs = [self._job(prompt, seed=seed + i, **sampling) for i, prompt in enumerate(prompts)]
+        prompts = list(prompts)
+        seeds = [None if seed is None else seed + i for i in range(len(prompts))]
+        jobs = [self._job(prompt, seed=s, **sampling) for prompt, s in zip(prompts, seeds)]
         lengths = [max_new_tokens] * len(jobs) if _is_int(max_new_tokens) else list(max_new_tokens)
         expect(len(lengths) == len(jobs), "max_new_tokens", f"{len(lengths)} numbers", f"one or {len(jobs)}")
         for job, length in zip(jobs, lengths):
@@ -375,7 +377,16 @@ def _is_number(x) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
 
+# The topic's studies import this file.
+
+
 def experiments() -> dict[str, Experiment]:
-    from labkit import engine_study  # which imports this file
+    from labkit import engine_study
 
     return {"engine": Experiment(engine_study.study, seeds=(0, 1, 2), weights=engine_study.WEIGHTS)}
+
+
+def codegen_cases():
+    from labkit import engine_study
+
+    return engine_study.cases_to_compile()

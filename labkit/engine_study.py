@@ -1,12 +1,14 @@
 """The studies of chapter 10: the engine against `transformers`, and what each technique contributes."""
 
 import time
+from html import escape
+from string import ascii_uppercase
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from labkit import corpus
+from labkit import codegen, corpus, player
 from labkit import model as models
 from labkit.engine import Engine
 from labkit.simulate import capped_exponential
@@ -269,3 +271,130 @@ def study(seed) -> dict:
         return {"transformers": against_transformers(seed), "ladder": ladder(seed)}
     finally:
         torch.set_num_threads(threads)
+
+
+# ---- seen at work
+
+PLAYED_PROMPTS = (
+    "def __init__(self, name, value",
+    "def __init__(self, name=None",
+    "    for i in range(",
+    "class Error(Exc",
+    "    return self.",
+)
+PLAYED_LENGTHS = (18, 10, 24, 12, 14)
+PLAYED = dict(num_pages=12, page_size=8, max_batch=4, max_tokens=24, watermark=0.0)
+
+
+def watch(prompts, lengths, settings, *, sampling=None, loaded=None):
+    """Serve texts and yield after every step what is to be seen: a dict of
+
+    batch; letters: {id: letter}; owners: {page: letters of its holders}; cached: pages that can be found; states and
+    texts: {letter: ...}. loaded: what `labkit.model.load` returns; default: it is called.
+    """
+    model, encode, decode = loaded or models.load()
+    engine = Engine(model, **settings)
+    ids = [engine.add(encode(prompt), n, **sampling or {}) for prompt, n in zip(prompts, lengths)]
+    letters = dict(zip(ids, ascii_uppercase))
+    while True:
+        engine.step()
+        if not engine.batch:
+            return
+        pool, owners = engine.scheduler.pool, {}
+        for id in pool.seq_ids:
+            for page in pool.table(id):
+                owners[page] = owners.get(page, "") + letters[id]
+        yield {
+            "batch": engine.batch, "letters": letters, "owners": owners, "cached": pool.cached_pages,
+            "states": {letters[id]: engine.state(id) for id in ids},
+            "texts": {letters[id]: decode(engine.output(id)) for id in ids},
+        }  # fmt: skip
+
+
+def describe(step) -> str:
+    """What a step did, in words."""
+    batch, letters = step["batch"], step["letters"]
+    doing = [f"{letters[id]} computes {n} tokens of its prompt" for id, _, n in batch.prefill]
+    if batch.decode:
+        names = ", ".join(letters[id] for id in batch.decode)
+        doing.append(f"{names} decode" + "s" * (len(batch.decode) == 1))
+    preempted = [f" {letters[id]} was preempted." for id in batch.preempted]
+    return "; ".join(doing) + "." + "".join(preempted)
+
+
+def engine_player() -> player.Stepper:
+    """Five requests over twelve pages, on the lab's own model: who holds which page, and the texts as they grow."""
+    steps, num_pages = [], PLAYED["num_pages"]
+    names = list(ascii_uppercase[: len(PLAYED_PROMPTS)])
+    for number, seen in enumerate(watch(PLAYED_PROMPTS, PLAYED_LENGTHS, PLAYED, loaded=models.load(models.TEACHER)), 1):
+        cells = []
+        for page in range(num_pages):
+            who = seen["owners"].get(page, "")
+            color = "purple" if len(who) > 1 else "green" if who else "sky" if page in seen["cached"] else "muted"
+            cells.append((color, who))
+        rows = [cells[i : i + 6] for i in range(0, num_pages, 6)]
+        texts = {name: [seen["states"][name], seen["texts"][name].replace("\n", "\u21b5")] for name in names}
+        steps.append({"text": f"Step {number}: {describe(seen)}", "pages": rows, "texts": texts})
+    panels = {
+        "pages": player.Grid(num_pages // 6, 6, name="pages, and who holds them"),
+        "texts": player.Values(names, ["state", "text"], name="requests"),
+    }
+    legend = {"green": "held by one", "purple": "shared", "sky": "free, but can be found", "muted": "free"}
+    caption = "A run of the engine: pages of 8 tokens, at most 4 requests and 24 tokens a step, chunked prefill."
+    return player.Stepper("Five requests, twelve pages", panels, steps, legend=legend, caption=caption)
+
+
+def picture(step, num_pages) -> str:
+    """A step as plain text: the pages, then the requests."""
+    held, cached = step["owners"], step["cached"]
+    pages = " ".join(f"{held.get(page, '-' if page in cached else '.'):2}" for page in range(num_pages))
+    lines = [f"{name} {step['states'][name]:10} {text!r}" for name, text in step["texts"].items()]
+    return "\n".join([pages, describe(step), *lines])
+
+
+def live_demo(max_new_tokens=40):
+    """ipywidgets: type prompts, one a line, and see all of them stream while the pages change hands."""
+    import ipywidgets
+
+    prompts = ipywidgets.Textarea("\n".join(PLAYED_PROMPTS[:3]), description="prompts")
+    pages = ipywidgets.IntSlider(20, 12, 60, description="pages")
+    temperature = ipywidgets.FloatSlider(0.0, min=0.0, max=1.5, step=0.1, description="temperature")
+    button, view = ipywidgets.Button(description="Serve"), ipywidgets.HTML()
+
+    def serve(_):
+        texts = [line for line in prompts.value.splitlines() if line][:26]
+        settings = PLAYED | {"num_pages": pages.value}
+        sampling = {"temperature": temperature.value}
+        try:
+            for step in watch(texts, [max_new_tokens] * len(texts), settings, sampling=sampling):
+                view.value = f"<pre>{escape(picture(step, pages.value))}</pre>"
+        except ValueError as error:  # a prompt that is too long for the pool
+            view.value = f"<pre>{escape(str(error))}</pre>"
+
+    button.on_click(serve)
+    return ipywidgets.VBox([prompts, pages, temperature, button, view])
+
+
+# ---- what the compiler makes of it
+
+
+def cases_to_compile():
+    """What a step of the lab's model launches in bf16: 8 heads of 32, pages of 16.
+
+    Tiles of 32 numbers a row are too small to give every thread 16 bytes: narrow loads are allowed.
+    """
+    q, kv = codegen.Tensor((70, 8, 32), "bfloat16"), codegen.Tensor((64, 16, 8, 32), "bfloat16")
+    tables = dict(block_table=codegen.Tensor((8, 16), "int32", 1), kv_lens=codegen.Tensor((8,), "int32", 100))
+    starts = codegen.Tensor((9,), "int32", [*range(8), 70])
+    new, slots = codegen.Tensor((70, 8, 32), "bfloat16"), codegen.Tensor((70,), "int64", list(range(70)))
+    pages, one = dict(k_pages=kv, v_pages=kv), codegen.Tensor((8, 8, 32), "bfloat16")
+
+    def case(function, name, arguments, kernel, matrix=True):
+        return codegen.Case(f"kernels.engine:{function}", name, arguments, (kernel,) * matrix, (kernel,))
+
+    mixed = dict(q=q, **pages, **tables, q_starts=starts)
+    return [
+        case("ragged_attention", "7 decodes and a chunk", mixed, "_ragged_kernel"),
+        case("paged_decoding", "8 decodes", dict(q=one, **pages, **tables), "_paged_split_kernel"),
+        case("write_kv", "70 tokens", dict(k=new, v=new, **pages, slots=slots), "_write_kv_kernel", False),
+    ]

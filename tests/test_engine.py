@@ -410,6 +410,27 @@ def test_a_step_that_fails_leaves_an_engine_that_works():
         assert engine.generate([(1, 2, 3, *text)], max_new_tokens=3) == [alone((1, 2, 3, *text), 3)]
 
 
+def test_the_scheduler_forgets():
+    """A long life leaves nothing behind, and who comes later is still later."""
+    s = batching.Scheduler("continuous", 8, 4, max_batch=1, max_tokens=16)
+    for i in range(3):
+        s.add(batching.Request(i, 0.0, 4, 2))
+    with pytest.raises(ValueError, match=r"^id: .*waiting"):
+        s.forget(0)
+    s.cancel(0)
+    s.forget(0)
+    s.add(batching.Request(3, 0.0, 4, 2))
+    s.check()
+    assert s.add(batching.Request(0, 0.0, 4, 2))  # the id is free
+    while s.step():
+        s.check()
+    assert s.finished == [1, 2, 3, 0]
+    for i in range(4):
+        s.forget(i)
+    assert not s.finished
+    assert not s._runs
+
+
 # ---- operations
 
 
@@ -471,6 +492,7 @@ def test_decode_graphs_pad_and_replay():
     def capture(fn):
         result = fn().clone()
         captured.append(len(result))
+        assert (fn.args[2] == 0).sum() == (fn.args[0][2] == -1).sum()  # rows that write nothing read nothing
         return lambda: result.copy_(fn()), result
 
     space = SimpleNamespace(**vars(PLAIN), paged_decoding=paged_attention.paged_decoding)
@@ -576,3 +598,61 @@ def test_workload_is_ragged_and_fits_the_model():
         assert {p[0] for p in prompts} == {corpus.BOS}
         assert len({tuple(p[:64]) for p in prompts}) == (4 if shared else 96) or not shared
         assert max(lengths) > 3 * np.median(lengths)
+
+
+def test_player_and_demo_show_a_real_run():
+    """The texts are those of the engine; a page is shared and somebody is preempted, or there is little to see."""
+    model, encode, decode = models.load(models.TEACHER)
+    steps = list(engine_study.watch(engine_study.PLAYED_PROMPTS, engine_study.PLAYED_LENGTHS, engine_study.PLAYED))
+    assert any(step["batch"].preempted for step in steps)
+    assert any(len(who) == 2 for step in steps for who in step["owners"].values())
+    prompts = [encode(prompt) for prompt in engine_study.PLAYED_PROMPTS]
+    texts = Engine(model, num_pages=99).generate(prompts, max_new_tokens=engine_study.PLAYED_LENGTHS)
+    assert list(steps[-1]["texts"].values()) == [decode(text) for text in texts]
+    html = engine_study.engine_player().html
+    assert f"{len(steps)} of {len(steps)}" in html
+    assert "was preempted" in html
+    demo = engine_study.live_demo(max_new_tokens=4)
+    prompts, pages, _, button, view = demo.children
+    prompts.value, pages.value = "    return self.\nimport ", 12
+    button.click()
+    assert "A finished" in view.value
+    assert "B finished" in view.value
+    prompts.value = 200 * "too long "
+    button.click()
+    assert "expected what 12 pages of 8" in view.value
+
+
+PLANTED_BUGS = [
+    ("labkit/engine.py", "p.cumsum(-1) - p < top_p", "p.cumsum(-1) < top_p"),
+    ("labkit/engine.py", "p = p / p.sum(-1, keepdim=True)", "p = p / 1"),
+    ("labkit/engine.py", "(reached <= u[:, None]", "(reached < 0 * u[:, None]"),
+    ("labkit/engine.py", "counter=[position, 0, 0, 0]", "counter=[0, position, 0, 0]"),
+    ("labkit/engine.py", "uniform(job.seed, len(job.tokens))", "uniform(job.seed, len(job.tokens) - job.prompt_len)"),
+    ("labkit/engine.py", "ending = set(batch.ending).union(batch.decode)", "ending = {id for id, _, _ in rows}"),
+    ("labkit/engine.py", "self.scheduler.abandon()", "pass"),
+    ("labkit/engine.py", "self.scheduler.stop(id)", "pass"),
+    ("labkit/engine.py", "for job, length in zip(jobs, lengths):\n            self._request(-1, job, length)", "pass"),
+    ("labkit/engine.py", "        finally:\n            self._drop([id])", "        finally:\n            pass"),
+    ("labkit/engine.py", "            self.cancel(id)\n            self.pop(id)", "            self.cancel(id)"),
+    ("labkit/engine.py", "self._request(-1, job, max_new_tokens)  # before an id is spent", "pass"),
+    ("labkit/engine.py", "* size + p % size", "* size + (p - start) % size"),
+    ("labkit/engine.py", "positions += range(start, start + n)", "positions += range(n)"),
+    ("labkit/engine.py", "np.array([start + n for _, start, n in rows], np.int32)", "np.array([n for _, start, n in rows], np.int32)"),
+    ("labkit/engine.py", "ops.rope(a.q_norm(q), a.k_norm(k), cos, sin)", "ops.rope(q, k, cos, sin)"),
+    ("labkit/engine.py", "self.stop if stop is None else", "self.stop if not stop else"),
+    ("labkit/engine.py", "None if seed is None else seed + i", "seed"),
+    ("labkit/decode_graphs.py", "self.numbers[2, batch:size] = 0, -1", "self.numbers[2, batch:size] = 0, 0"),
+    ("labkit/decode_graphs.py", "self.kv_lens[batch:size] = kv_lens, 0", "self.kv_lens[batch:size] = kv_lens, 1"),
+    ("labkit/decode_graphs.py", "if size not in self.graphs:", "if True:"),
+    ("labkit/torch_ops.py", "> position[:, :, None]", ">= position[:, :, None]"),
+    ("labkit/torch_ops.py", "own[:, None] - q_len + np.arange(q_len)", "own[:, None] - 1 + 0 * np.arange(q_len)"),
+    ("labkit/torch_ops.py", "back[rows] = o", "back = o"),
+    ("labkit/torch_ops.py", "if bool((slots < 0).any()):", "if False:"),
+    ("labkit/scheduler.py", "holding = self.running.keys() | {run.id for run in self._leaving}", "holding = self.running.keys()"),
+    ("labkit/scheduler.py", "        self._last = Batch()\n        self.pool.forget_prefixes()", "        self._last = Batch()"),
+    ("labkit/scheduler.py", "next(self._numbers))", "len(self._runs))"),
+    ("labkit/scheduler.py", "            self.finished.remove(id)\n        del self._runs[id]", "            pass\n        del self._runs[id]"),
+    ("labkit/engine_study.py", "ids.shape[1]] - pads).clamp(min=0)", "ids.shape[1]] - 0 * pads).clamp(min=0)"),
+    ("labkit/engine_study.py", "((keys[:end] >= pads)[:, None] & (keys[:end] <= at))", "(0 * pads[:, None] <= (keys[:end] <= at))"),
+]
