@@ -113,8 +113,8 @@ def sink_config(dtype: torch.dtype, head_dim: int, group: int) -> dict:
     """Tile sizes and launch options: as for `flash_decoding`, with room for the angles beside K and V."""
     config = split_config(dtype, head_dim, group)
     block_d = config["BLOCK_D"]
-    if dtype == torch.float32:
-        config["BLOCK_N"] = 64 if block_d <= 64 else 32 if block_d <= 128 else 16
+    if dtype == torch.float32:  # exact fp32 products are made without the matrix unit and need many registers
+        config["BLOCK_N"] = 32 if block_d <= 128 and config["BLOCK_H"] * block_d <= 64 * 64 else 16
     else:
         room = device_properties()["max_shared_mem"] // 2  # two programs an SM
         key_bytes = 2 * block_d * dtype.itemsize + block_d * 4

@@ -209,9 +209,9 @@ def attention_maps(model, ids):
     return torch.stack(maps)
 
 
-def planted_sink(length=4096, size=1024, num_sinks=4, *, share=0.9, num_heads=2, head_dim=128, seed=0):
-    """A layer with a sink of full size, under three caches: {name: o [length, heads, head_dim]}, and the share of
-    attention on token 0, [length].
+def planted_sink(length=4096, size=1024, num_sinks=4, *, share=0.9, num_heads=1, head_dim=128, seed=0):
+    """A layer with a sink of full size, under three caches: {name: o [length, heads, head_dim]}; and its attention,
+    [heads, length, length].
 
     As trained heads do, it looks at neighbours (a constant part in q and k, which RoPE lets fade with the distance) and
     rests on the first token: every query agrees with its key, in the pair of dimensions that turns slowest, and its
@@ -228,11 +228,11 @@ def planted_sink(length=4096, size=1024, num_sinks=4, *, share=0.9, num_heads=2,
     others = torch.einsum("hd,lhd->hl", q[0, size - 1], k[0, 1:size]) * head_dim**-0.5
     k[0, 0, :, half - 1] = (others.logsumexp(-1) + np.log(share / (1 - share))) * head_dim**0.5
     scores = torch.einsum("thd,lhd->htl", q[0], k[0]) * head_dim**-0.5
-    mass = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), float("-inf")).softmax(-1)[..., 0]
+    weights = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), float("-inf")).softmax(-1)
     window = size - num_sinks
     caches = {"dense": {}, f"0+{size}": dict(window=size)}
     caches[f"{num_sinks}+{window}"] = dict(window=window, num_sinks=num_sinks)
-    return {name: attention(q, k, v, **options)[0] for name, options in caches.items()}, mass.mean(0)
+    return {name: attention(q, k, v, **options)[0] for name, options in caches.items()}, weights
 
 
 # ---- what it still knows: names that stand once in a text, and are asked for later
@@ -383,7 +383,7 @@ def slice_bits(model):
 def study(seed):
     """Everything of this file on the lab's model, for one order of the held-out text."""
     model, tokens = Llama.from_pretrained(TEACHER), text(seed)
-    first = attention_maps(model, after(tokens[0], tokens[1:4097].view(16, 256)))[..., 64:, 0]
+    first = attention_maps(model, after(tokens[0], tokens[1:4097].view(-1, 256)))[..., 64:, 0]
     return dict(
         bits=compare(model, tokens),
         slice=slice_bits(model),
