@@ -371,7 +371,38 @@ def dialogue(model, tokens, *, rounds=40, prompt=200, answer=24, size=SIZE, num_
     return kept
 
 
-# ---- the experiment
+LENGTHS = (256, 1024, 2048, 4096, 8192, 16384)
+
+
+@torch.no_grad()
+def token_costs(model, length, *, repeats=15, size=SIZE, num_sinks=4):
+    """Milliseconds of CPU time that one more token takes after `length` of them: {way: [ms]}, the ways in turn.
+
+    CPU time, unlike the clock's, does not count what else the machine does. Caches hold random numbers.
+    """
+    c, stream = model.config, Stream(model, num_sinks, size - num_sinks)
+    kept = [torch.randn(2, 1, c.num_key_value_heads, length, c.head_dim) for _ in model.layers]
+    for cache, (k, v) in zip(stream.caches, kept):
+        cache.append(k.transpose(1, 2), v.transpose(1, 2))
+
+    def keep(layer, q, k, v):  # the last slot takes the new token
+        kept[layer][:, :, :, -1:] = torch.stack((k, v)).transpose(2, 3)
+        options = dict(enable_gqa=q.shape[2] != k.shape[2])
+        return F.scaled_dot_product_attention(q.transpose(1, 2), *kept[layer], **options).transpose(1, 2)
+
+    new, last, window = torch.zeros(1, 1, dtype=torch.long), torch.tensor([length - 1]), min(length, size)
+    calls = {"stream": partial(stream, new), "dense": partial(model, new, last, keep)}
+    calls["recomputed"] = partial(model, new.expand(1, window))
+    ms = {way: [] for way in calls}
+    for _ in range(repeats):
+        for way, call in calls.items():
+            begin = time.process_time()
+            call()
+            ms[way].append(round(1e3 * (time.process_time() - begin), 3))
+    return ms
+
+
+# ---- the experiments
 
 SLICE = 2048  # tokens of seed 0's stream; the chapter measures these again
 
@@ -394,5 +425,20 @@ def study(seed):
     )
 
 
+def costs(seed):
+    """What a token costs on one thread, by the length of the stream."""
+    torch.manual_seed(seed)
+    model, threads = Llama.from_pretrained(TEACHER), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return {length: token_costs(model, length) for length in LENGTHS}
+    finally:
+        torch.set_num_threads(threads)
+
+
 def experiments():
-    return {"streaming_llm": Experiment(study, seeds=(0, 1), weights=TEACHER / "model.safetensors")}
+    weights = TEACHER / "model.safetensors"
+    return {
+        "streaming_llm": Experiment(study, seeds=(0, 1), weights=weights),
+        "streaming_costs": Experiment(costs, weights=weights),
+    }

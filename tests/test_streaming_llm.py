@@ -482,6 +482,22 @@ def test_books_and_dialogue_keep_constant_memory():
     assert abs(saved["last window"][1]) < 0.5  # it is not in what was read
 
 
+def test_token_costs_are_of_one_more_token():
+    """Dense attends to `length` tokens, the stream to what it holds, recomputation reads a window of them."""
+    model, seen = small_model(dtype=F32), []
+    hidden = model.hidden
+
+    def watched(tokens, positions=None, attend=None):
+        seen.append((tokens.shape[1], None if positions is None else positions.tolist()))
+        return hidden(tokens, positions, attend)
+
+    model.hidden = watched
+    ms = streams.token_costs(model, 40, repeats=2, size=16, num_sinks=2)
+    assert seen == [(1, [0]), (1, [39]), (16, None)] * 2
+    assert {way: len(times) for way, times in ms.items()} == {"stream": 2, "dense": 2, "recomputed": 2}
+    assert all(time > 0 for times in ms.values() for time in times)
+
+
 def test_planted_sink():
     """The window's output is wrong by a factor as soon as the first token leaves; four sinks make it right."""
     outputs, weights = streams.planted_sink(length=600, size=128)
