@@ -8,9 +8,11 @@ import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 from kernels import attention as prefill
 from kernels._tile import cast, device_properties
+from kernels.flash_decoding import flash_decoding
 from kernels.rope import forward_only, fresh, rope, rope_write_kv, wants_grad  # noqa: F401
 from labkit import args
 
@@ -502,3 +504,28 @@ def attention(q, k, v, *, causal=True, sm_scale=None):
         return prefill.attention(q, k, v, causal=causal, sm_scale=sm_scale)
 
     return forward_only("attention", launch, q, k, v)
+
+
+def decode_block(
+    x, cos, sin, k, v, kv_lens, norm, qkv_weight, o_weight, mlp_norm, gate_up_weight, down_weight, *, eps=1e-5
+):  # fmt: skip
+    """One decode step of a Llama block, fused by hand; for up to 4 tokens the MLP up to SwiGLU is one kernel.
+
+    x [B, K], the residual stream; cos, sin [B, D/2]; k, v [B, L, Hkv, D], a cache that the new token is not added to;
+    kv_lens [B] int32; norm, mlp_norm [K]; qkv_weight [(Hq + 2 Hkv) D, K]; o_weight [K, Hq D]; gate_up_weight [2 F, K],
+    gate first; down_weight [K, F]. Returns x [B, K] after the block. Raises ValueError naming the argument.
+    """
+    num_q_heads, num_kv_heads, dim = args.decode_block(x, k, qkv_weight, o_weight, gate_up_weight, down_weight)
+    qkv = linear(rmsnorm(x, norm, eps=eps), qkv_weight).unflatten(1, (-1, dim))
+    q, new_k, _ = qkv.split((num_q_heads, num_kv_heads, num_kv_heads), 1)
+    q, _ = rope(q.unsqueeze(1), new_k.unsqueeze(1), cos.unsqueeze(1), sin.unsqueeze(1))
+    o, _ = flash_decoding(q.squeeze(1), k, v, kv_lens)
+    o = linear(o.flatten(1), o_weight)
+    if len(x) <= 4:
+        x = x + o
+        gate_weight, up_weight = gate_up_weight.chunk(2)
+        h = gate_up_swiglu(x, gate_weight, up_weight, norm_weight=mlp_norm, eps=eps)
+    else:
+        h, x = add_rmsnorm(x, o, mlp_norm, eps=eps)
+        h = swiglu(*linear(h, gate_up_weight).chunk(2, 1))
+    return torch.addmm(x, h, down_weight.t())

@@ -51,8 +51,8 @@ class _Pass(AttentionRules):
     def rmsnorm(self, root):
         """x * rsqrt(mean(x^2) + eps) * weight, or F.rms_norm."""
         if name_of(root) == "rms_norm":
-            x, width, w, eps = (arg(root, i, n) for i, n in enumerate(("input", "normalized_shape", "weight", "eps")))
-            if w is None or eps is None or len(width) != 1:
+            x, w, eps = arg(root, 0, "input"), arg(root, 2, "weight"), arg(root, 3, "eps")
+            if w is None or not is_number(eps):
                 return False
             inside = {root}
         elif name_of(root) in ("mul", "div"):

@@ -8,10 +8,10 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from labkit import args, codegen
+from labkit import args, bench, codegen
 from labkit import fuse as _fuse
 from labkit.attention import attention as _attention
-from labkit.attention import softmax_dtype
+from labkit.attention import decode_attention, softmax_dtype
 from labkit.paged_attention import write_kv
 
 # ---- what the kernels compute
@@ -115,7 +115,47 @@ def attention(q, k, v, *, causal=True, sm_scale=None):
     return _attention(q, k, v, causal=causal, sm_scale=sm_scale)
 
 
-# ---- what is compiled
+def decode_block(
+    x, cos, sin, k, v, kv_lens, norm, qkv_weight, o_weight, mlp_norm, gate_up_weight, down_weight, *, eps=1e-5
+):  # fmt: skip
+    """One decode step of a Llama block, operation by operation, as it is usually written: seven linear layers.
+
+    x [B, K]; cos, sin [B, D/2]; k, v [B, L, Hkv, D], a cache that the new token is not added to; kv_lens [B] int32;
+    norm, mlp_norm [K]; qkv_weight [(Hq + 2 Hkv) D, K]; o_weight [K, Hq D]; gate_up_weight [2 F, K], gate first;
+    down_weight [K, F]. Returns x [B, K] after the block. Raises ValueError naming the argument.
+    """
+    weights = (qkv_weight, o_weight, gate_up_weight, down_weight)
+    num_q_heads, num_kv_heads, dim = args.decode_block(x, k, *weights, dtypes=args.REFERENCE_FLOATS)
+
+    def normed(x, weight):
+        wide = x.to(softmax_dtype(x.dtype))
+        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+    def turned(x):
+        a, b = x.unflatten(1, (-1, dim)).chunk(2, -1)
+        c, s = (angle.to(x.dtype).unsqueeze(1) for angle in (cos, sin))
+        return torch.cat((a * c - b * s, b * c + a * s), -1)
+
+    h = normed(x, norm)
+    sizes = [n * dim for n in (num_q_heads, num_kv_heads, num_kv_heads)]
+    q, new_k, _ = (F.linear(h, w) for w in qkv_weight.split(sizes))
+    q, _ = turned(q), turned(new_k)
+    o, _ = decode_attention(q, k, v, kv_lens)
+    x = x + F.linear(o.flatten(1), o_weight)
+    h = normed(x, mlp_norm)
+    gate, up = (F.linear(h, w) for w in gate_up_weight.chunk(2))
+    return x + F.linear(F.silu(gate) * up, down_weight)
+
+
+# ---- found by itself
+
+def fuse(module, example_inputs, *, ops=None, verbose=True):
+    """`labkit.fuse.fuse` with the functions of this module; ops=kernels.fusion puts the kernels in their place."""
+    here = sys.modules[__name__]
+    return _fuse.fuse(module, example_inputs, ops=ops or here, reference=here, verbose=verbose)
+
+
+# ---- what is compiled, timed and tried
 
 
 def codegen_cases() -> list[codegen.Case]:
@@ -158,7 +198,15 @@ def codegen_cases() -> list[codegen.Case]:
     ]  # fmt: skip
 
 
-def fuse(module, example_inputs, *, ops=None, verbose=True):
-    """`labkit.fuse.fuse` with the functions of this module; ops=kernels.fusion puts the kernels in their place."""
-    here = sys.modules[__name__]
-    return _fuse.fuse(module, example_inputs, ops=ops or here, reference=here, verbose=verbose)
+def cases(tiny=False) -> list[bench.Case]:
+    """See `labkit.fusion_bench`."""
+    from labkit import fusion_bench  # it needs this module
+
+    return fusion_bench.cases(tiny)
+
+
+def experiments() -> dict:
+    """See `labkit.fusion_study`."""
+    from labkit import fusion_study
+
+    return fusion_study.experiments()

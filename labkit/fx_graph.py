@@ -71,7 +71,7 @@ def _clone(inputs):
 def _same(a, b):
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         same = a.shape == b.shape and a.dtype == b.dtype
-        return same and bool(((a == b) | ((a != a) & (b != b))).all())
+        return same and (a.is_meta or bool(((a == b) | ((a != a) & (b != b))).all()))
     return type(a) is type(b) and (a is b or bool(a == b))
 
 
@@ -168,7 +168,8 @@ class _Launches(TorchDispatchMode):
 class Counting(fx.Interpreter):
     """Runs a graph and notes in every node's meta: shape, dtype, launches, bytes, and the value if no input decides it.
 
-    fused: {function: its reference}. A fused function counts as one launch, and its reference is run in its place.
+    fused: {function: its reference}. A fused function counts as one launch, and its reference is run in its place. So
+    does torch's own attention on the meta device, where its one-kernel forms do not exist.
     """
 
     def __init__(self, gm, fused=()):
@@ -176,6 +177,8 @@ class Counting(fx.Interpreter):
         self.fused = dict(fused)
 
     def call_function(self, target, arguments, kwargs):
+        if target is nn.functional.scaled_dot_product_attention and arguments[0].is_meta:
+            self.fused[target] = lambda q, k, v, *_, **__: torch.empty_like(q)  # laid out like q, as they do
         if target not in self.fused:
             return super().call_function(target, arguments, kwargs)
         with torch.utils._python_dispatch._disable_current_modes():
@@ -283,12 +286,13 @@ class Step:
 
 @dataclass
 class Row:
-    """One node that launches something."""
+    """One node that launches something. reads: the nodes among them whose results it reads, through views."""
 
     node: str
     what: str
     launches: int
     bytes: int
+    reads: tuple[str, ...] = ()
 
 
 @dataclass
@@ -328,7 +332,8 @@ class Report:
             rows[place:place] = [self.rows[name] for name in step.added if self.rows[name].launches]
             rows = [row for row in rows if row.node not in step.removed]
             states.append((step.rule, list(rows)))
-        return [*states, ("copies that have become views", list(self.after))]
+        last = [("copies that have become views", list(self.after))] if rows != self.after else []
+        return states + last
 
 
 class Rewriter:
@@ -413,6 +418,8 @@ class Rewriter:
                         break
                 except Refused as reason:
                     self.report.left.append(f"{rule} at {node.name}: {reason}")
+                except (TypeError, AttributeError, IndexError) as error:  # e.g. a number where a node was expected
+                    self.report.left.append(f"{rule} at {node.name}: an unknown form ({type(error).__name__})")
             else:
                 return
 
@@ -448,7 +455,15 @@ class Rewriter:
 
 def _row(node):
     what = node.target if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
-    return Row(node.name, name_of(node) or str(what), node.meta["launches"], node.meta["bytes"])
+    sources, todo = [], list(node.all_input_nodes)
+    while todo:
+        source = todo.pop()
+        if source.meta["launches"] or source.op == "placeholder":
+            sources.append(source.name)
+        else:
+            todo += source.all_input_nodes
+    reads = tuple(dict.fromkeys(sources))
+    return Row(node.name, name_of(node) or str(what), node.meta["launches"], node.meta["bytes"], reads)
 
 
 def attribute(module, path):

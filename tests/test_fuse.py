@@ -446,4 +446,20 @@ def test_states_lead_from_before_to_after():
     assert states[-1][1] == report.after
     launches = [report.total(rows)[0] for _, rows in states]
     assert launches == sorted(launches, reverse=True)
-    assert [row.node for row in states[-2][1]] == [row.node for row in report.after]
+    final = {row.node: row for row in report.after}
+    assert final["linear_3"].reads == ("scaled_dot_product_attention",), "through a transpose and a flatten"
+    assert final["swiglu"].reads == ("linear_7",), "two pieces of one product"
+    assert "x" in final["add_rmsnorm"].reads
+
+
+def test_without_memory():
+    """On the meta device: the bill of a model of any size. Attention counts as one kernel there as well."""
+    with torch.device("meta"):
+        model = Llama(Config(64, 4096, 14336, 1, 32, 8, 128)).to(BF16).eval()
+        cos, sin = (torch.empty(5, 64) for _ in range(2))
+        fused = fuse(model.layers[0], (torch.empty(1, 5, 4096, dtype=BF16), cos, sin, partial(causal, 0)))
+    assert rules(fused) == BLOCK
+    assert sum(row.launches for row in fused.report.after) == 10
+    weights = sum(p.numel() for p in model.layers[0].parameters())
+    moved = sum(row.bytes for row in fused.report.after)
+    assert 2 * weights < moved < 2.02 * weights

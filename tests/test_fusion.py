@@ -270,3 +270,30 @@ def test_bad_input_is_named(device):
     with pytest.raises(ValueError, match=r"^q .strides.: got"):
         fusion.rope(q[:, :1].expand(3, 2, 8), q, a, a, inplace=True)
     assert torch.equal(pages, before)
+
+
+@pytest.mark.parametrize("batch, dtype", [(2, BF16), (5, F16)], ids=str)
+def test_decode_block(batch, dtype, device):
+    """Both forms of the MLP. The reference is the block as it is usually written."""
+    hq, hk, dim, keys, width, ffn = 4, 2, 16, 9, 40, 24
+    shapes = ((batch, width), (batch, keys, hk, dim), (batch, keys, hk, dim), ((hq + 2 * hk) * dim, width), (width, hq * dim), (2 * ffn, width), (width, ffn))
+    x, k, v, qkv, o, gate_up, down = tensors(device, dtype, *shapes)
+    qkv, o, gate_up, down = (w * 0.2 for w in (qkv, o, gate_up, down))
+    norm, mlp_norm = tensors(device, dtype, (width,), (width,))
+    angle = randn(np.random.default_rng(1), batch, dim // 2, device=device)
+    kv_lens = torch.arange(batch, dtype=torch.int32, device=device) + 3
+    inputs = (x, angle.cos(), angle.sin(), k, v, kv_lens, norm, qkv, o, mlp_norm, gate_up, down)
+    assert_matches(fusion.decode_block(*inputs), ref.decode_block, *inputs)
+    for bad, name in ((7, "qkv_weight"), (8, "o_weight"), (10, "gate_up_weight"), (11, "down_weight")):
+        given = [w[..., :7] if i == bad else w for i, w in enumerate(inputs)]
+        for ops in (fusion, ref):
+            with pytest.raises(ValueError, match=f"^{name} .*got .* expected "):
+                ops.decode_block(*given)
+
+
+def test_every_benchmark_case_is_right(device):
+    """One of each operation, tiny: the inputs that are timed are inputs that the kernel gets right."""
+    assert [case.name for case in ref.cases(tiny=True)] == [case.name for case in ref.cases()]
+    for case in {case.op: case for case in ref.cases(tiny=True)}.values():
+        inputs = case.make(torch.Generator(device).manual_seed(0), device)
+        assert_matches(getattr(fusion, case.op)(**inputs), getattr(ref, case.op), **inputs)
