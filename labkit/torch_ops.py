@@ -16,12 +16,23 @@ from labkit import args
 GROUP = 8  # sequences a call: their keys should still lie in the cache when they are used, and calls cost time too
 
 
-def plan(block_table, q_starts, kv_lens, page_size):
-    """Prepare the attention of one step; the arguments are those of `ragged_attention`, on the CPU or not.
+def plan(block_table, q_starts, kv_lens, slots, page_size):
+    """Prepare one step for all layers; the arguments are those of `ragged_attention` and `write_kv`.
 
-    Returns attend(q, k_pages, v_pages, sm_scale=None) -> o [N, Hq, D]. All of its pages must hold finite numbers: slots
-    that a mask hides are still multiplied, by 0.
+    Returns layer(q, k, v, k_pages, v_pages) -> o [N, Hq, D], which stores k and v [N, Hkv, D] and then attends.
     """
+    attend = _attention(block_table, q_starts, kv_lens, page_size)
+
+    def layer(q, k, v, k_pages, v_pages):
+        for new, pages in ((k, k_pages), (v, v_pages)):
+            pages.view(-1, *pages.shape[2:]).index_copy_(0, slots, new)
+        return attend(q, k_pages, v_pages)
+
+    return layer
+
+
+def _attention(block_table, q_starts, kv_lens, page_size, sm_scale=None):
+    """attend(q, k_pages, v_pages) -> o for these lengths. Sequences are grouped; each group is one call of SDPA."""
     device, starts, lens = block_table.device, q_starts.tolist(), kv_lens.tolist()
     table = block_table.cpu().numpy()
     q_lens = [end - start for start, end in pairwise(starts)]
@@ -43,33 +54,37 @@ def plan(block_table, q_starts, kv_lens, page_size):
         hidden = np.arange(width * page_size) > position[:, :, None]  # [size, q_len, keys]
         mask = torch.zeros(hidden.shape).masked_fill_(torch.from_numpy(hidden), float("-inf"))
         groups.append((q_len, torch.from_numpy(pages.ravel().astype(np.int64)).to(device), mask.to(device)))
-    most = page_size * max((len(pages) for _, pages, _ in groups), default=0)
-    room = []
+    prepared = []
 
-    def attend(q, k_pages, v_pages, sm_scale=None):
-        # Memory is fastest as [Hkv, P, page_size, D], where a head's keys lie together; any strides will do.
-        k_pages, v_pages = k_pages.permute(2, 0, 1, 3), v_pages.permute(2, 0, 1, 3)
-        num_kv_heads, dim = k_pages.shape[0], k_pages.shape[3]
-        if not room or room[0].shape[1] < num_kv_heads * most * dim:  # kept for the next layer: new memory is slow
-            room[:] = [k_pages.new_empty((2, num_kv_heads * most * dim))]
-        q = q if in_order else q[rows]
-        o, start = torch.empty_like(q), 0
+    def prepare(q, num_kv_heads):
+        """Room for the gathered keys and values, as the gather and as SDPA want to see it: once for all layers."""
+        group, dim, start = q.shape[1] // num_kv_heads, q.shape[2], 0
+        most = max((len(pages) for _, pages, _ in groups), default=0)
+        room = q.new_empty(2, num_kv_heads * most * page_size * dim)
         for q_len, pages, mask in groups:
             size = len(mask)
-            end = start + size * q_len
-            shape = (num_kv_heads, len(pages), page_size, dim)
-            k, v = (flat[: num_kv_heads * len(pages) * page_size * dim].view(shape) for flat in room[0])
-            torch.index_select(k_pages, 1, pages, out=k)
-            torch.index_select(v_pages, 1, pages, out=v)
-            k, v = (x.view(num_kv_heads, size, -1, dim).transpose(0, 1) for x in (k, v))  # [size, Hkv, keys, D]
-            # Query heads that share a KV head become rows of one matrix: [size, Hkv, group * q_len, D].
-            x = q[start:end].view(size, q_len, num_kv_heads, -1, dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
-            group = x.shape[2] // q_len
+            flat = room[:, : num_kv_heads * len(pages) * page_size * dim]
+            into = flat.view(2, num_kv_heads, len(pages), page_size, dim).unbind()
+            seen = flat.view(2, num_kv_heads, size, -1, dim).transpose(1, 2).unbind()  # [size, Hkv, keys, D]
             bias = mask.to(q.dtype)[:, None, None].expand(-1, 1, group, -1, -1).flatten(2, 3)
-            x = F.scaled_dot_product_attention(x, k, v, attn_mask=bias, scale=args.scale(sm_scale, dim))
-            x = x.view(size, num_kv_heads, group, q_len, dim).permute(0, 3, 1, 2, 4)
-            o[start:end] = x.reshape(size * q_len, -1, dim)
-            start = end
+            shape = (size, q_len, num_kv_heads, group, dim)
+            prepared.append((slice(start, start + size * q_len), shape, pages, bias, *into, *seen))
+            start += size * q_len
+
+    def attend(q, k_pages, v_pages):
+        # Memory is fastest as [Hkv, P, page_size, D], where a head's keys lie together; any strides will do.
+        k_pages, v_pages = k_pages.permute(2, 0, 1, 3), v_pages.permute(2, 0, 1, 3)
+        if groups and not prepared:
+            prepare(q, len(k_pages))
+        q = q if in_order else q[rows]
+        o, scale = torch.empty_like(q), args.scale(sm_scale, q.shape[2])
+        for here, shape, pages, bias, k_into, v_into, k, v in prepared:
+            torch.index_select(k_pages, 1, pages, out=k_into)
+            torch.index_select(v_pages, 1, pages, out=v_into)
+            # Query heads that share a KV head become rows of one matrix: [size, Hkv, group * q_len, D].
+            x = q[here].view(shape).permute(0, 2, 3, 1, 4).flatten(2, 3)
+            x = F.scaled_dot_product_attention(x, k, v, attn_mask=bias, scale=scale)
+            o[here].view(shape).copy_(x.unflatten(2, (shape[3], shape[1])).permute(0, 3, 1, 2, 4))
         if in_order:
             return o
         back = torch.zeros_like(o)
@@ -89,11 +104,12 @@ def write_kv(k, v, k_pages, v_pages, slots):
 
 
 def ragged_attention(q, k_pages, v_pages, block_table, q_starts, kv_lens, *, sm_scale=None):
-    """The same as `labkit.batching.ragged_attention`, whose arguments and errors it has; all pages must be finite.
+    """The same as `labkit.batching.ragged_attention`, whose arguments and errors it has.
 
-    A chunk must not be longer than its keys.
+    A chunk must not be longer than its keys, and pages must hold finite numbers: slots that a mask hides are still
+    multiplied, by 0.
     """
     args.ragged(q, k_pages, v_pages, block_table, q_starts, kv_lens, dtypes=args.REFERENCE_FLOATS)
     ok = bool((q_starts.diff() <= kv_lens).all())
     args.expect(ok, "kv_lens", "fewer keys than queries of a sequence", "at least as many")
-    return plan(block_table, q_starts, kv_lens, k_pages.shape[1])(q, k_pages, v_pages, sm_scale)
+    return _attention(block_table, q_starts, kv_lens, k_pages.shape[1], sm_scale)(q, k_pages, v_pages)

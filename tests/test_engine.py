@@ -392,7 +392,8 @@ def test_a_step_that_fails_leaves_an_engine_that_works():
             raise KeyboardInterrupt
         torch_ops.write_kv(*args)
 
-    engine = Engine(tiny(), num_pages=16, page_size=4, ops=SimpleNamespace(**vars(torch_ops) | {"write_kv": write_kv}))
+    space = SimpleNamespace(write_kv=write_kv, ragged_attention=torch_ops.ragged_attention)
+    engine = Engine(tiny(), num_pages=16, page_size=4, ops=space)
     text = alone((1, 2, 3), 9)
     for steps in range(1, 9):
         id, waits = engine.add((1, 2, 3), 9), None
