@@ -1,0 +1,192 @@
+"""The pruning experiments: the papers' tables on the lab's model, layers whose inputs are planted, and what it costs.
+
+Layers are judged by the share of the output's energy that is lost, |X (W - W')^T|^2 / |X W^T|^2; models by bits per
+byte of held-out text (perplexity a byte is two to the power of it).
+"""
+
+import copy
+import time
+
+import numpy as np
+import torch
+
+from labkit import corpus, train
+from labkit.check import randn
+from labkit.llm_pruner import llm_pruner, recover
+from labkit.masks import InputNorm
+from labkit.model import TEACHER, Llama
+from labkit.prune import STATISTICS, calibration, linears, new_weight, prune, watch
+from labkit.record import Experiment
+from labkit.sparsegpt import Hessian
+
+PATTERNS = {"50%": dict(sparsity=0.5), "4:8": dict(n=4, m=8), "2:4": dict(n=2, m=4), "80%": dict(sparsity=0.8)}
+METHODS = {
+    "magnitude, per layer": dict(method="magnitude", per="layer"),
+    "magnitude, per row": dict(method="magnitude", per="row"),
+    "Wanda": dict(method="wanda"),
+    "SparseGPT": dict(method="sparsegpt"),
+}
+DEFAULTS = dict(sparsity=None, n=None, m=None, per="row", block_size=128, damp=0.01)  # of `prune`
+INPUTS = ("white", "correlated", "outliers")
+EVAL_TEXT = 64 * 256  # ids of the held-out text
+SLICE_TEXT = 8 * 256
+
+
+def cells():
+    """(pattern, method) of the tables. n of m is chosen within a row, so per layer means nothing there."""
+    return [(p, m) for p in PATTERNS for m in METHODS if "n" not in PATTERNS[p] or METHODS[m].get("per") != "layer"]
+
+
+# ---- planted layers
+
+
+def planted_layer(inputs, seed=0, rows=256, columns=512, tokens=4096):
+    """A layer w [rows, columns] and its inputs x [tokens, columns] for one of INPUTS.
+
+    white: independent features of one size. correlated: every feature is 0.9 of its neighbour and something new.
+    outliers: white, but 12 features 50 times as large, and their weights 50 times as small: the same function.
+    """
+    rng = np.random.default_rng(seed)
+    w, x = randn(rng, rows, columns), randn(rng, tokens, columns)
+    if inputs == "correlated":
+        for j in range(1, columns):
+            x[:, j] = 0.9 * x[:, j - 1] + 0.19**0.5 * x[:, j]
+    elif inputs == "outliers":
+        features = torch.from_numpy(rng.choice(columns, 12, replace=False))
+        x[:, features] *= 50
+        w[:, features] /= 50
+    return w, x
+
+
+def lost(w, new, x):
+    """The share of the output's energy that is lost when w is replaced by new: w, new [N, K]; x [T, K]."""
+    return ((x @ (w - new).T).square().sum() / (x @ w.T).square().sum()).item()
+
+
+def prune_layer(w, x, pattern, name):
+    """w [N, K] pruned by one of METHODS, with statistics of x [T, K]."""
+    statistic = None
+    if kind := STATISTICS[METHODS[name]["method"]]:
+        statistic = kind(w.shape[1])
+        statistic.add(x)
+    return new_weight(w, statistic, **(DEFAULTS | PATTERNS[pattern] | METHODS[name]))
+
+
+def planted_table(seed=0, patterns=tuple(PATTERNS)):
+    """[{inputs, pattern, method, lost}] of planted layers."""
+    table = []
+    for inputs in INPUTS:
+        w, x = planted_layer(inputs, seed)
+        for pattern, name in cells():
+            if pattern in patterns:
+                new = prune_layer(w, x, pattern, name)
+                table.append(dict(inputs=inputs, pattern=pattern, method=name, lost=lost(w, new, x)))
+    return table
+
+
+# ---- the lab's model
+
+
+def plant_outliers(model, count=12, factor=50.0, seed=0):
+    """Make `count` features behind every norm `factor` times as large, and the weights that read them as small.
+
+    In place. The model computes what it did before; only the scales that magnitude looks at have changed.
+    """
+    rng = np.random.default_rng(seed)
+    for block in model.layers:
+        a, mlp = block.self_attn, block.mlp
+        readers = {
+            block.input_layernorm: (a.q_proj, a.k_proj, a.v_proj),
+            block.post_attention_layernorm: (mlp.gate_proj, mlp.up_proj),
+        }
+        for norm, those in readers.items():
+            features = torch.from_numpy(rng.choice(len(norm.weight), count, replace=False))
+            norm.weight.data[features] *= factor
+            for linear in those:
+                linear.weight.data[:, features] /= factor
+    return model
+
+
+def model_table(model, text, batches, wanted):
+    """[{pattern, method, bits}] of pruned copies of a model, on the ids `text`."""
+    table = []
+    for pattern, name in wanted:
+        pruned = prune(copy.deepcopy(model), batches=batches, progress=None, **PATTERNS[pattern], **METHODS[name])
+        table.append(dict(pattern=pattern, method=name, bits=train.bits_per_byte(pruned, text)))
+        print(f"{pattern} {name}: {table[-1]['bits']:.4f} bits per byte", flush=True)
+    return table
+
+
+def times(model, batches):
+    """Processor seconds for the teacher's first block: the forward passes with each statistic, and what comes after."""
+    block, found = model.layers[0], {}
+    hidden = [model.embed_tokens(ids).detach() for ids in batches]
+    for name, kind in (("Wanda", InputNorm), ("SparseGPT", Hessian)):
+        with torch.no_grad():
+            start = time.process_time()
+            statistics = watch(model, block, hidden, kind)
+            middle = time.process_time()
+            for key, linear in linears(block).items():
+                new_weight(linear.weight, statistics[key], **(DEFAULTS | PATTERNS["50%"] | METHODS[name]))
+        found[name] = dict(forward=middle - start, weights=time.process_time() - middle)
+    return found
+
+
+# ---- structural pruning
+
+
+RATIOS = (0.25, 0.5)
+ORDERS = ("l2", "random", "vector", "first", "second")
+RECOVERED_RATIO, RECOVERY_STEPS = 0.5, 40
+
+
+def structural_table(model, text, seed=0):
+    """[{order, ratio, seed, parameters, before, after}]: bits per byte; after recovery by LoRA where it was done."""
+    batches = calibration(sequences=16, length=128)
+    rows = torch.cat(calibration(sequences=192))
+    table = []
+    for ratio in RATIOS:
+        for order in ORDERS:
+            for s in range(3 if order == "random" else 1):
+                pruned = llm_pruner(model, batches, ratio=ratio, order=order, seed=seed + s)
+                row = dict(order=order, ratio=ratio, seed=seed + s, parameters=sum(p.numel() for p in pruned.parameters()))
+                row |= dict(before=train.bits_per_byte(pruned, text), after=None)
+                if ratio == RECOVERED_RATIO and s == 0:
+                    recover(pruned, rows, steps=RECOVERY_STEPS, batch=8, seed=seed)
+                    row["after"] = train.bits_per_byte(pruned, text)
+                table.append(row)
+                print(f"{order} {ratio}: {row['before']:.4f}, recovered {row['after']}", flush=True)
+    return table
+
+
+# ---- the record
+
+
+def slice_table():
+    """What a notebook runs again: the pinned text only, so every Python has the same. bits on one held-out file."""
+    model, text = Llama.from_pretrained(TEACHER), corpus.read("held_out", [train.SLICE])[:SLICE_TEXT]
+    wanted = [("2:4", "magnitude, per row"), ("2:4", "Wanda"), ("2:4", "SparseGPT")]
+    return model_table(model, text, calibration(sequences=16), wanted)
+
+
+def study(seed) -> dict:
+    """All tables, from the teacher. Calibration: 64 sequences of 256 ids of the pinned text."""
+    model, text = Llama.from_pretrained(TEACHER), corpus.read("held_out")[:EVAL_TEXT]
+    batches = calibration(sequences=64)
+    planted = plant_outliers(copy.deepcopy(model), seed=seed)
+    return dict(
+        threads=torch.get_num_threads(),
+        left_out=corpus.left_out("held_out") | corpus.left_out("calibration"),
+        dense=train.bits_per_byte(model, text),
+        planted_dense=train.bits_per_byte(planted, text),
+        layers=planted_table(seed),
+        times=times(model, batches),
+        model=model_table(model, text, batches, cells()),
+        planted=model_table(planted, text, batches, [("50%", name) for name in METHODS]),
+        structural=structural_table(model, text, seed),
+        slice=slice_table(),
+    )
+
+
+def experiments() -> dict[str, Experiment]:
+    return {"pruning": Experiment(study, weights=TEACHER / "model.safetensors")}

@@ -1,0 +1,615 @@
+import json
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import kernels.pruning as kp
+from labkit import llm_pruner as lp
+from labkit import masks, sparse24
+from labkit import prune as pr
+from labkit import pruning as ref
+from labkit.check import BF16, F16, F32, assert_matches, randn
+from labkit.model import Config, Llama
+
+# (old text, new text) of these files; tests/planted_bugs.py plants them one at a time.
+PLANTED_BUGS = [
+    ("kernels/pruning.py", "w0 = tl.where(i == 0, first, 0.0)", "w0 = tl.where(i == 0, second, 0.0)"),
+    ("kernels/pruning.py", "tl.join(tl.join(w0, w2), tl.join(w1, w3))", "tl.join(tl.join(w0, w1), tl.join(w2, w3))"),
+    ("kernels/pruning.py", "tl.join(meta & 15, meta >> 4)", "tl.join(meta >> 4, meta & 15)"),
+    ("kernels/pruning.py", "low = (index & 1) == 0", "low = (index & 1) == 1"),
+    ("kernels/pruning.py", "x0, x2 = tl.split(even)", "x2, x0 = tl.split(even)"),
+    ("kernels/pruning.py", "end = tl.minimum(start + k_per_split, k)", "end = k"),
+    ("kernels/pruning.py", "== SPLIT_K - 1:", "== SPLIT_K - 2:"),
+    ("kernels/pruning.py", "tl.store(arrived_ptr + tile, 0)", "tl.store(arrived_ptr + tile, 1)"),
+    ("kernels/pruning.py", "((other == mine) & (j < i)[None, None, :, :])", "((other == mine) & (j > i)[None, None, :, :])"),
+    ("kernels/pruning.py", "score = tl.where(mask_k[None, :], score, float(\"inf\"))", "score = score"),
+    ("kernels/pruning.py", "> ties_removed))", ">= ties_removed))"),
+    ("kernels/pruning.py", "for b in range(31):", "for b in range(30):"),
+    ("kernels/pruning.py", "bits = tl.where(mask, bits, 0x7FFFFFFF)", "bits = tl.where(mask, bits, 0)"),
+    ("labkit/masks.py", "score.argsort(dim=-1, stable=True)", "score.argsort(dim=-1, descending=True, stable=True)"),
+    ("labkit/masks.py", "(other <= mine) if j < i", "(other < mine) if j < i"),
+    ("labkit/masks.py", "x.float().square().sum((0, 1)) / len(x)", "x.float().square().mean((0, 1))"),
+    ("labkit/masks.py", "share = len(x) / self.count", "share = 1 / self.count"),
+    ("labkit/sparse24.py", "w.masked_fill(~mask, 0).unflatten", "w.unflatten"),
+    ("labkit/sparse24.py", ".sort(dim=-1).values  # kept", "  # kept"),
+    ("labkit/sparsegpt.py", "score > score.flatten()", "score >= score.flatten()"),
+    ("labkit/sparsegpt.py", "diagonal += damp * diagonal.mean()", "diagonal += damp"),
+    ("labkit/sparsegpt.py", "diagonal[diagonal == 0] = 1", "pass"),
+    ("labkit/sparsegpt.py", "wt[hessian.diagonal() == 0] = 0", "pass"),
+    ("labkit/sparsegpt.py", "batch = 1 if x.dim() == 2 else len(x)", "batch = x.shape[-2] if x.dim() == 2 else len(x)"),
+    ("labkit/sparsegpt.py", "block**2 / scale**2", "block**2 / scale"),
+    ("labkit/sparsegpt.py", "h = hessian.clone()", "h = hessian"),
+    ("labkit/sparsegpt.py", "u[start:stop, stop:].t(), errors, alpha=-1", "u[start:stop, stop:].t(), errors, alpha=-2"),
+    ("labkit/llm_pruner.py", "range(1, count - 1)", "range(count)"),
+    ("labkit/llm_pruner.py", "argsort(descending=True, stable=True)", "argsort(stable=True)"),
+    ("labkit/llm_pruner.py", "- 0.5 * w**2", "+ 0.5 * w**2"),
+    ("labkit/llm_pruner.py", "value=1 / sequences", "value=1"),
+    ("labkit/llm_pruner.py", "alpha=part[:, 1:].numel() / tokens", "alpha=1"),
+    ("labkit/llm_pruner.py", "model = copy.deepcopy(model)", "model = model"),
+    ("labkit/llm_pruner.py", "linear.bias = nn.Parameter(linear.bias.detach()[at])", "pass"),
+    ("labkit/llm_pruner.py", "self.linear.weight += self.scale * self.b", "self.linear.weight += self.b"),
+    ("labkit/prune.py", "hidden[j] = run(model, block, x)", "run(model, block, x)"),
+    ("labkit/prune.py", "            block.load_state_dict(weights, strict=False)", "            pass"),
+    ("labkit/prune.py", "os.replace(part, file)", "file.write_bytes(part.read_bytes()[:-1])"),
+    ("labkit/args.py", "expect(columns % m == 0, \"columns\"", "expect(True, \"columns\""),
+]  # fmt: skip
+
+
+def tensor(*shape, seed=0, dtype=F32, device="cpu"):
+    return randn(np.random.default_rng(seed), *shape, dtype=dtype, device=device)
+
+
+def nan_in_fresh_memory(monkeypatch):
+    """An output that a kernel forgets to write is NaN (a flag: True), not a lucky leftover."""
+    empty = torch.empty
+    fill = lambda x: x.fill_(float("nan") if x.is_floating_point() else x.dtype == torch.bool)  # noqa: E731
+    monkeypatch.setattr(torch, "empty", lambda *a, **kw: fill(empty(*a, **kw)))
+
+
+# ---- masks
+
+
+def kept_by_hand(score, removed):
+    """A row of scores without its `removed` smallest, the leftmost of equals first."""
+    order = sorted(range(len(score)), key=lambda i: (score[i], i))
+    return [i not in order[:removed] for i in range(len(score))]
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.29, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("per", ["row", "layer"])
+def test_magnitude_mask(per, sparsity):
+    """Values of 0..3 only, so that ties decide."""
+    w = torch.from_numpy(np.random.default_rng(0).integers(-3, 4, (5, 7))).float()
+    keep = ref.magnitude_mask(w, sparsity, per=per)
+    for row, mask in zip(w if per == "row" else w.view(1, -1), keep if per == "row" else keep.view(1, -1)):
+        assert mask.tolist() == kept_by_hand(row.abs().tolist(), math.floor(len(row) * sparsity))
+
+
+@pytest.mark.parametrize("n, m", [(2, 4), (1, 4), (3, 4), (4, 8), (2, 3), (4, 4), (1, 1)])
+def test_nm_mask_keeps_n_of_m(n, m):
+    score = torch.from_numpy(np.random.default_rng(1).integers(0, 4, (6, 6 * m))).float()
+    keep = ref.nm_mask(score, n, m)
+    groups = zip(score.view(-1, m).tolist(), keep.view(-1, m).tolist())
+    assert all(got == kept_by_hand(group, m - n) for group, got in groups)
+
+
+def test_wanda_on_the_papers_figure():
+    """Figure 1 of the paper: |W| ||X|| within a row; magnitude would keep the other weights."""
+    w = torch.tensor([[4.0, 0, 1, -1], [3, -2, -1, -3], [-3, 1, 0, 2]])
+    x_norm = torch.tensor([1.0, 2, 8, 3])
+    score = ref.wanda_score(w, x_norm)
+    assert score.tolist() == [[4, 0, 8, 3], [3, 4, 8, 9], [3, 2, 0, 6]]
+    kept = torch.where(ref.wanda_mask(w, x_norm, sparsity=0.5), w, 0)
+    assert kept.tolist() == [[4, 0, 1, 0], [0, 0, -1, -3], [-3, 0, 0, 2]]
+    assert ref.wanda_mask(w, x_norm, n=1, m=2).tolist() == [[True, False, True, False], [False, True, False, True], [True, False, False, True]]
+
+
+def test_input_norm_is_a_mean_over_sequences():
+    x = tensor(5, 3, 4)
+    want = x.square().sum(1).mean(0).sqrt()
+    for parts in ((5,), (2, 3), (1, 1, 1, 1, 1)):
+        norm = masks.InputNorm(4)
+        for part in x.split(parts):
+            norm.add(part if len(part) > 1 else part[0])
+        torch.testing.assert_close(norm.value, want)
+
+
+@dataclass(frozen=True)
+class MaskCase:
+    n_rows: int
+    k: int
+    options: tuple
+    dtype: torch.dtype = F32
+    strided: bool = False
+
+    def __str__(self):
+        options = " ".join(f"{name}={x}" for name, x in self.options)
+        return f"{self.n_rows}x{self.k} {options} {str(self.dtype)[6:]}{' strided' if self.strided else ''}"
+
+
+def mask_case(*shape, dtype=F32, strided=False, **options):
+    return MaskCase(*shape, tuple(options.items()), dtype, strided)
+
+
+@pytest.mark.parametrize("case", [
+    mask_case(3, 128, sparsity=0.5), mask_case(2, 129, sparsity=0.3, dtype=BF16), mask_case(4, 127, sparsity=0.999, dtype=F16),
+    mask_case(2, 128, sparsity=1.0), mask_case(2, 130, sparsity=1.0), mask_case(2, 128, sparsity=0.0), mask_case(1, 1, sparsity=0.5),
+    mask_case(3, 100, sparsity=0.5, strided=True), mask_case(0, 8, sparsity=0.5), mask_case(2, 0, sparsity=0.5),
+    mask_case(5, 512, n=2, m=4, dtype=BF16), mask_case(9, 264, n=4, m=8), mask_case(4, 260, n=1, m=4, dtype=F16),
+    mask_case(3, 63, n=2, m=3), mask_case(2, 10, n=5, m=5), mask_case(2, 4, n=1, m=1), mask_case(5, 100, n=3, m=4, strided=True),
+], ids=str)  # fmt: skip
+def test_wanda_mask_kernel(case, device, monkeypatch):
+    """Bit for bit the reference, ties included: a third of the scores are equal."""
+    w, x_norm = tensor(case.n_rows, case.k, dtype=case.dtype, device=device), tensor(case.k, seed=1, device=device).abs()
+    w[:, ::3], x_norm[::3] = 0.5, 1.0
+    if case.strided:
+        w = torch.stack((w, w.new_full(w.shape, math.nan)), 2)[:, :, 0]
+        x_norm = torch.stack((x_norm, x_norm.new_full(x_norm.shape, math.nan)), 1)[:, 0]
+    want = ref.wanda_mask(w, x_norm, **dict(case.options))
+    nan_in_fresh_memory(monkeypatch)
+    got = kp.wanda_mask(w, x_norm, **dict(case.options))
+    assert got.dtype == torch.bool
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("function", [kp.wanda_mask, ref.wanda_mask])
+def test_bad_patterns_are_named(function, device):
+    w, x_norm = torch.zeros(2, 12, device=device), torch.zeros(12, device=device)
+    for name, options in (
+        ("sparsity, n, m", {}), ("sparsity, n, m", dict(sparsity=0.5, n=2, m=4)), ("sparsity, n, m", dict(n=2)),
+        ("sparsity", dict(sparsity=1.5)), ("sparsity", dict(sparsity=-0.1)), ("sparsity", dict(sparsity="half")),
+        ("n, m", dict(n=5, m=4)), ("n, m", dict(n=0, m=4)), ("n, m", dict(n=True, m=4)), ("columns", dict(n=4, m=8)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"^{name}: got .* expected "):
+            function(w, x_norm, **options)
+    for name, given in {"w": (w[0], x_norm), "x_norm": (w, x_norm[:3]), "x_norm ": (w, x_norm.int())}.items():
+        with pytest.raises(ValueError, match=rf"^{name.strip()} .*got .* expected "):
+            function(*given, sparsity=0.5)
+    with pytest.raises(ValueError, match=r"^per: got 'column'"):
+        ref.magnitude_mask(w, 0.5, per="column")
+
+
+def test_wanda_mask_has_room_for_so_much(device):
+    with pytest.raises(ValueError, match=r"^w \(columns\): got 65537, expected at most 65536"):
+        kp.wanda_mask(torch.zeros(1, 65537, device=device), torch.zeros(65537, device=device), sparsity=0.5)
+    with pytest.raises(ValueError, match=r"^m: got 64, expected at most 32"):
+        kp.wanda_mask(torch.zeros(1, 64, device=device), torch.zeros(64, device=device), n=1, m=64)
+
+
+# ---- 2:4
+
+
+def test_pack_24_by_hand():
+    w = torch.tensor([[1.0, 2, 3, 4, 5, 6, 7, 8], [0, 1, 0, 2, 9, 9, 9, 9]])
+    mask = torch.tensor([[1, 0, 0, 1, 0, 1, 1, 0], [0, 1, 0, 0, 0, 0, 0, 0]]).bool()
+    values, meta = ref.pack_24(w, mask)
+    assert values.tolist() == [[1, 4, 6, 7], [0, 1, 0, 0]]
+    assert meta.tolist() == [[0b10_01_11_00], [0b01_00_01_00]]
+    assert torch.equal(ref.unpack_24(values, meta), w * mask)
+
+
+def test_pack_24_gives_back_every_mask():
+    """All 11 ways to keep at most two of four, in all pairs."""
+    ways = [[(c >> i) & 1 for i in range(4)] for c in range(16) if bin(c).count("1") <= 2]
+    mask = torch.tensor([a + b for a in ways for b in ways]).bool()
+    w = tensor(*mask.shape)
+    values, meta = ref.pack_24(w, mask)
+    assert values.shape == (121, 4)
+    assert meta.shape == (121, 1)
+    assert torch.equal(ref.unpack_24(values, meta), w * mask)
+    i, j = sparse24.indices_24(meta).view(-1, 2).T
+    assert (i < j).all()  # the kernel counts on it
+
+
+def test_pack_24_keeps_nothing_of_what_is_masked():
+    w = torch.full((1, 8), math.inf)
+    values, _ = ref.pack_24(w.masked_fill(torch.arange(8) > 1, 3.0), torch.arange(8)[None] < 1)
+    assert values.tolist() == [[math.inf, 0, 0, 0]]
+
+
+def test_bad_24_is_named(device):
+    w = torch.zeros(2, 16, device=device)
+    with pytest.raises(ValueError, match=r"^mask: got a group of four that keeps 3, expected at most two"):
+        ref.pack_24(w, torch.arange(16, device=device).expand(2, 16) % 4 < 3)
+    with pytest.raises(ValueError, match=r"^w \(columns\): got 12, expected a multiple of 8"):
+        ref.pack_24(w[:, :12], w[:, :12].bool())
+    with pytest.raises(ValueError, match=r"^mask "):
+        ref.pack_24(w, w)
+    x, values, meta = torch.zeros(3, 16, device=device), torch.zeros(5, 8, device=device), torch.zeros(5, 2, dtype=torch.uint8, device=device)
+    for function in (kp.matmul_24, ref.matmul_24):
+        for name, given in {
+            "x": (x[0], values, meta), "x ": (x[:, :12], values, meta), "values": (x, values[:, :4], meta),
+            "values ": (x, values.half(), meta), "meta": (x, values, meta.int()), "meta ": (x, values, meta[:3]),
+        }.items():  # fmt: skip
+            with pytest.raises(ValueError, match=rf"^{name.strip()} .*got .* expected "):
+                function(*given)
+
+
+@pytest.mark.parametrize("m, n, k, dtype, strided", [
+    (1, 5, 128, F32, False), (1, 9, 4104, BF16, False), (1, 130, 136, F16, True), (1, 1, 8, BF16, False),
+    (2, 3, 8, F32, False), (3, 70, 520, F16, False), (16, 33, 64, BF16, True), (17, 64, 128, BF16, False),
+    (8, 20, 1160, F32, False), (5, 65, 1032, BF16, False), (70, 8, 136, F16, False), (0, 3, 8, F32, False), (2, 0, 8, F32, False),
+    (3, 4, 0, F32, False),
+], ids=str)  # fmt: skip
+def test_matmul_24(m, n, k, dtype, strided, device, monkeypatch):
+    x, w = tensor(m, k, dtype=dtype, device=device), tensor(n, k, seed=1, dtype=dtype, device=device)
+    values, meta = ref.pack_24(w, ref.nm_mask(w.abs(), 2, 4))
+    if strided:  # every second element of a buffer full of NaN (meta: of ones)
+        x, values = (torch.stack((a, torch.full_like(a, math.nan)), 2)[:, :, 0] for a in (x, values))
+        meta = torch.stack((meta, torch.full_like(meta, 255)), 2)[:, :, 0]
+    assert_matches(ref.matmul_24(x, values, meta), lambda x, w: x @ w.T, x, ref.unpack_24(values, meta))
+    nan_in_fresh_memory(monkeypatch)
+    for _ in range(2 if k > 1000 else 1):  # K is cut there: the arrival counters must be back at zero
+        assert_matches(kp.matmul_24(x, values, meta), ref.matmul_24, x, values, meta)
+
+
+def test_k_is_cut_where_n_is_small():
+    cut = lambda m, n, k: kp.config_24(BF16, m, n, k)["SPLIT_K"]  # noqa: E731
+    assert [cut(8, n, 4096) for n in (64, 4096, 14336, 128256)] == [8, 5, 2, 1]
+
+
+# ---- SparseGPT
+
+
+def sparsegpt_plainly(w, hessian, sparsity, n, m, block_size, damp):
+    """The official algorithm, one weight of one row at a time, with H^-1 of the columns that are left by inversion.
+
+    Where the code has one Cholesky factor U, the definition has an inverse for every step: U_jj^2 is the first
+    diagonal entry of the inverse of H[j:, j:], and U[j, j:] / U_jj its first row over that entry.
+    """
+    w, h = w.double().clone(), hessian.double().clone()
+    dead = h.diagonal() == 0
+    h[dead, dead] = 1.0
+    w[:, dead] = 0.0
+    h += damp * h.diagonal().mean() * torch.eye(len(h))
+    inverses = [torch.linalg.inv(h[j:, j:]) for j in range(len(h))]
+    keep = torch.ones_like(w, dtype=torch.bool)
+    first = torch.stack([inverse[0, 0] for inverse in inverses])
+    for j in range(w.shape[1]):
+        score = w**2 / first
+        if n is None and j % block_size == 0:
+            block = score[:, j : j + block_size]
+            threshold = sorted(block.flatten().tolist())[math.floor(block.numel() * sparsity)]
+            keep[:, j : j + block_size] = block > threshold
+        if n is not None and j % m == 0:
+            for r in range(len(w)):
+                keep[r, j : j + m] = torch.tensor(kept_by_hand(score[r, j : j + m].tolist(), m - n))
+        for r in range(len(w)):
+            if not keep[r, j]:
+                w[r, j:] -= w[r, j].item() / first[j] * inverses[j][0]
+                w[r, j] = 0.0
+    return w, keep
+
+
+@pytest.mark.parametrize("options", [
+    dict(sparsity=0.5), dict(sparsity=0.8, block_size=16, damp=0.1), dict(n=2, m=4), dict(n=1, m=4), dict(n=4, m=8, block_size=8),
+], ids=str)  # fmt: skip
+def test_sparsegpt_is_its_definition(options):
+    """Correlated inputs, a feature that was never seen, and a block that is not full."""
+    x = tensor(300, 40) @ tensor(40, 40, seed=1)
+    x[:, 5] = 0.0
+    hessian = ref.Hessian(40)
+    hessian.add(x)
+    w, h = tensor(6, 40, seed=2).double(), hessian.value.double()
+    before = w.clone(), h.clone()
+    new, mask = ref.sparsegpt(w, h, **options)
+    want, keep = sparsegpt_plainly(w, h, *({"sparsity": None, "n": None, "m": None, "block_size": 128, "damp": 0.01} | options).values())
+    assert torch.equal(mask, keep)
+    torch.testing.assert_close(new, want)
+    assert (new[~mask] == 0).all()
+    assert torch.equal(w, before[0])
+    assert torch.equal(h, before[1])
+    if "sparsity" in options:
+        blocks = [6 * len(c) for c in torch.arange(40).split(options.get("block_size", 128))]
+        assert (~mask).sum() == sum(math.floor(b * options["sparsity"]) + 1 for b in blocks)
+
+
+def test_ties_at_the_threshold_all_go():
+    """Equal scores: the official `<=` removes more than floor(n * s) + 1; a mask by count would not."""
+    _, mask = ref.sparsegpt(torch.ones(2, 8), torch.eye(8), sparsity=0.5)
+    assert not mask.any()
+
+
+def test_sparsegpt_beats_the_mask_alone():
+    """Where inputs are correlated the other weights make up for the lost ones; on white inputs they hardly can."""
+    gain = {}
+    for name, mix in (("white", torch.eye(64)), ("correlated", torch.tril(torch.ones(64, 64)))):
+        x, w = tensor(2000, 64) @ mix, tensor(32, 64, seed=1)
+        hessian, norm = ref.Hessian(64), ref.InputNorm(64)
+        hessian.add(x), norm.add(x)
+        wanda = w * ref.wanda_mask(w, norm.value, sparsity=0.5)
+        ours, _ = ref.sparsegpt(w, hessian.value, sparsity=0.5)
+        gain[name] = ((x @ (w - ours).T).norm() / (x @ (w - wanda).T).norm()).item()
+    assert gain["correlated"] < 0.5 < 0.8 < gain["white"] < 1.0
+
+
+def test_hessian_counts_sequences():
+    x = tensor(5, 3, 4)
+    want = 2 * x.flatten(0, 1).T @ x.flatten(0, 1) / 5
+    for parts in ((5,), (2, 3), (1, 1, 1, 1, 1)):
+        hessian = ref.Hessian(4)
+        for part in x.split(parts):
+            hessian.add(part if len(part) > 1 else part[0])
+        torch.testing.assert_close(hessian.value, want)
+
+
+def test_bad_sparsegpt_is_named():
+    w, h = torch.ones(3, 8), torch.eye(8)
+    for name, given, options in (
+        ("hessian ", (w, h[:4, :4]), {}), ("w ", (w[0], h), {}), ("sparsity", (w, h), dict(sparsity=1.0)),
+        ("block_size", (w, h), dict(block_size=0)), ("block_size", (w, h), dict(sparsity=None, n=2, m=4, block_size=6)),
+        ("damp", (w, h), dict(damp=-1.0)), ("hessian", (w, h * math.nan), {}),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"^{name}.*got .* expected "):
+            ref.sparsegpt(*given, **({"sparsity": 0.5} | options))
+    flat = torch.ones(8, 8)  # one input seen eight times: rank 1
+    with pytest.raises(ValueError, match=r"^hessian: got a matrix that is not positive definite .* more calibration text, or a damp above 0"):
+        ref.sparsegpt(w, flat, sparsity=0.5, damp=0.0)
+    assert ref.sparsegpt(w, flat, sparsity=0.5, damp=0.01)[0].isfinite().all()
+
+
+# ---- a whole model, block by block
+
+
+def small_model(kv_heads=2, layers=2, bias=False, seed=0):
+    """Four query heads of 8, hidden 32, 48 channels; weights large enough that every layer matters."""
+    config = Config(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=kv_heads, head_dim=8, tie_word_embeddings=True, qkv_bias=bias,
+        architecture="Qwen2ForCausalLM" if bias else "LlamaForCausalLM",
+    )  # fmt: skip
+    model = Llama(config)
+    rng = np.random.default_rng(seed)
+    for p in model.parameters():
+        if p.dim() == 2 or bias:
+            p.data = 0.2 * randn(rng, *p.shape) + (p.data if p.dim() == 1 and p.data.mean() == 1 else 0)
+    return model.eval()
+
+
+def small_batches(seed=1, shape=(3, 4, 20)):
+    return list(torch.from_numpy(np.random.default_rng(seed).integers(0, 40, shape)))
+
+
+QUIET = dict(progress=None)
+
+
+def pruned_plainly(model, method, batches, **options):
+    """Hooks on the whole model, run once before each block is pruned: what comes in then is what must be used."""
+    for block in model.layers:
+        inputs = {name: [] for name in pr.linears(block)}
+        hooks = [
+            linear.register_forward_hook(lambda module, given, out, seen=inputs[name]: seen.append(given[0]))
+            for name, linear in pr.linears(block).items()
+        ]
+        with torch.no_grad():
+            for ids in batches:
+                model(ids)
+        for hook in hooks:
+            hook.remove()
+        for name, linear in pr.linears(block).items():
+            x = torch.cat(inputs[name])
+            if method == "wanda":
+                keep = ref.wanda_mask(linear.weight.data, x.square().sum(1).mean(0).sqrt(), **options)
+                linear.weight.data *= keep
+            else:
+                hessian = 2 * x.flatten(0, 1).T @ x.flatten(0, 1) / len(x)
+                linear.weight.data = ref.sparsegpt(linear.weight.data, hessian, **options)[0]
+    return model
+
+
+@pytest.mark.parametrize("method, options", [("wanda", dict(sparsity=0.5)), ("wanda", dict(n=2, m=4)), ("sparsegpt", dict(n=4, m=8))], ids=str)
+def test_prune_is_sequential(method, options):
+    """Bit-equal masks with statistics that were collected from the whole model, earlier blocks pruned."""
+    got = ref.prune(small_model(), method, small_batches(), **options, **QUIET)
+    want = pruned_plainly(small_model(), method, small_batches(), **options)
+    for (name, a), b in zip(got.state_dict().items(), want.state_dict().values()):
+        assert torch.equal(a == 0, b == 0), name
+        torch.testing.assert_close(a, b, msg=name, rtol=1e-3, atol=1e-4)
+
+
+def test_prune_by_magnitude_needs_no_text():
+    dense, model = small_model(), ref.prune(small_model(), "magnitude", sparsity=0.5, per="layer", **QUIET)
+    for a, b in zip(dense.layers, model.layers):
+        for x, y in zip(pr.linears(a).values(), pr.linears(b).values()):
+            assert torch.equal(y.weight, x.weight * ref.magnitude_mask(x.weight, 0.5, per="layer"))
+    assert torch.equal(dense.embed_tokens.weight, model.embed_tokens.weight)
+    nm = ref.prune(small_model(), "magnitude", n=2, m=4, **QUIET).layers[0].mlp.up_proj.weight
+    assert ((nm.view(-1, 4) != 0).sum(1) == 2).all()
+
+
+def test_prune_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    options = dict(sparsity=0.5, work=tmp_path / "work")
+    want = ref.prune(small_model(layers=3), "sparsegpt", small_batches(), sparsity=0.5, **QUIET)
+
+    def stop(done, total, seconds):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ref.prune(small_model(layers=3), "sparsegpt", small_batches(), progress=stop, **options)
+    (tmp_path / "work" / "block-002.part").write_bytes(b"half a file")
+    pruned, real = [], pr.new_weight
+    monkeypatch.setattr(pr, "new_weight", lambda w, *a, **kw: pruned.append(w.shape) or real(w, *a, **kw))
+    steps = []
+    got = ref.prune(small_model(layers=3), "sparsegpt", small_batches(), progress=lambda *a: steps.append(a[:2]), **options)
+    assert len(pruned) == 7  # the linears of the last block only
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+    for (name, a), b in zip(got.state_dict().items(), want.state_dict().values()):
+        torch.testing.assert_close(a, b, msg=name)
+    for other in (dict(method="wanda"), dict(batches=small_batches(seed=2)), dict(model=small_model(layers=3, seed=5)), dict(sparsity=0.6)):
+        call = dict(model=small_model(layers=3), method="sparsegpt", batches=small_batches()) | options | other
+        with pytest.raises(ValueError, match=r"^work .*got a run with .* expected .*delete the folder"):
+            ref.prune(**call, **QUIET)
+
+
+def test_prune_writes_a_file_whole_or_not_at_all(tmp_path, monkeypatch):
+    def torn(weights, path):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(pr, "save_file", torn)
+    with pytest.raises(OSError, match="disk full"):
+        ref.prune(small_model(), "magnitude", sparsity=0.5, work=tmp_path, **QUIET)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_prune_says_what_to_raise():
+    for options, message in (
+        (dict(method="obd"), "^method: got 'obd'"), (dict(per="column"), "^per: "), (dict(sparsity=None), "^sparsity, n, m: "),
+        (dict(sparsity=None, n=3, m=5), "^columns: got 32, expected a multiple of m = 5"), (dict(batches=None), "^batches: got none"),
+        (dict(batches=[torch.zeros(3)]), "^batches "), (dict(batches=[torch.full((1, 60), 40)]), "^batches: got values from 40"),
+        (dict(batches=small_batches(shape=(1, 1, 47))), r"^batches: got 47 tokens, expected at least 48, .* raise the number"),
+        (dict(batches=[torch.zeros(1, 60).long()], damp=0.0), r"^layers.0.self_attn.\w+: hessian: .* damp above 0"),
+    ):  # fmt: skip
+        call = dict(model=small_model(), method="sparsegpt", batches=small_batches(), sparsity=0.5) | options
+        with pytest.raises(ValueError, match=message):
+            ref.prune(**call, **QUIET)
+    assert ref.prune(small_model(), "wanda", [torch.zeros(1, 1).long()], sparsity=0.5, **QUIET)
+
+
+def test_prune_a_checkpoint_by_command(tmp_path, capsys):
+    """Folder in, folder out; the vocabulary of our bytes, and the lab's calibration text."""
+    config = replace(small_model().config, vocab_size=258)
+    Llama(config).save_pretrained(tmp_path / "dense")
+    command = f"{tmp_path / 'dense'} {tmp_path / 'out'} --method sparsegpt --keep 2:4 --sequences 4 --length 32 --dtype float32"
+    pr.main(command.split())
+    assert "2/2 blocks" in capsys.readouterr().err
+    pruned = Llama.from_pretrained(tmp_path / "out")
+    weight = pruned.layers[1].mlp.down_proj.weight
+    assert ((weight.view(-1, 4) == 0).sum(1) == 2).all()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "out"]
+
+
+# ---- LLM-Pruner
+
+
+def test_groups_cover_every_weight_of_the_linears():
+    """Removing a group is removing its output: the model without group g is the model with g's outputs zeroed."""
+    for kv_heads in (4, 2):
+        for family in ("heads", "channels"):
+            model, zeroed = small_model(kv_heads, bias=True), small_model(kv_heads, bias=True)
+            members, count = lp.groups(model.layers[1])[family], {"heads": kv_heads, "channels": 48}[family]
+            keep = torch.tensor([i for i in range(count) if i != 1])
+            lp.remove(members, keep)
+            linear, dim, size = lp.groups(zeroed.layers[1])[family][-1]
+            assert dim == 1
+            linear.weight.data[:, size : 2 * size] = 0
+            ids = small_batches()[0]
+            torch.testing.assert_close(model(ids), zeroed(ids))
+
+
+def importances_by_hand(model, batches, order):
+    """{(layer, family): scores} with one backward pass a sequence and plain loops over groups."""
+    weights = [x for block in model.layers for x in block.parameters() if x.dim() == 2]
+    total, squares, tokens, sequences = [0] * len(weights), [0] * len(weights), 0, 0
+    for ids in (row for batch in batches for row in batch):
+        loss = nn.functional.cross_entropy(model(ids[None, :-1])[0], ids[1:], reduction="sum")
+        grads = torch.autograd.grad(loss, weights)
+        total = [a + g for a, g in zip(total, grads)]
+        squares = [a + (g / (len(ids) - 1)) ** 2 for a, g in zip(squares, grads)]
+        tokens, sequences = tokens + len(ids) - 1, sequences + 1
+    g = {w: x / tokens for w, x in zip(weights, total)}
+    h = {w: x / sequences for w, x in zip(weights, squares)}
+    element = {
+        "first": lambda w: (w * g[w]).abs(), "second": lambda w: (w * g[w] - 0.5 * w * w * h[w]).abs(),
+        "hessian": lambda w: w * w * h[w], "l2": lambda w: w * w, "vector": lambda w: w * g[w],
+    }[order]  # fmt: skip
+    found = {}
+    for i, block in enumerate(model.layers):
+        a, mlp, dim = block.self_attn, block.mlp, 8
+        kv = a.k_proj.weight.shape[0] // dim
+        q = a.q_proj.weight.shape[0] // kv
+        for family, slices in (
+            ("heads", [[(a.q_proj, slice(j * q, j * q + q), None), (a.k_proj, slice(j * dim, j * dim + dim), None),
+                        (a.v_proj, slice(j * dim, j * dim + dim), None), (a.o_proj, None, slice(j * q, j * q + q))] for j in range(kv)]),
+            ("channels", [[(mlp.gate_proj, slice(j, j + 1), None), (mlp.up_proj, slice(j, j + 1), None), (mlp.down_proj, None, slice(j, j + 1))]
+                          for j in range(48)]),
+        ):  # fmt: skip
+            scores = []
+            for members in slices:
+                score = 0.0
+                for linear, rows, columns in members:
+                    part = element(linear.weight)
+                    part = part[rows] if rows is not None else part[:, columns].T  # a line is a row or a column
+                    score += sum(abs(line.sum().item()) for line in part)
+                scores.append(score)
+            found[i, family] = torch.tensor(scores)
+    return found
+
+
+@pytest.mark.parametrize("order, kv_heads", [("first", 2), ("second", 4), ("hessian", 2), ("vector", 4), ("l2", 2)])
+def test_llm_pruner_removes_the_least_important_groups(order, kv_heads):
+    """A quarter or half of the groups of the middle layer, whole KV groups under GQA, biases with them."""
+    model = small_model(kv_heads, layers=3, bias=kv_heads == 2)
+    ratio = 0.5 if kv_heads == 2 else 0.25
+    batches = [*small_batches(), torch.arange(14).view(2, 7)]  # of different lengths
+    scores = importances_by_hand(model, batches, order)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    pruned = ref.llm_pruner(model, batches, ratio=ratio, order=order)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    for i, (dense, block) in enumerate(zip(model.layers, pruned.layers)):
+        for family, members in lp.groups(block).items():
+            count = {"heads": kv_heads, "channels": 48}[family]
+            keep = scores[i, family].argsort(descending=True)[: round(count * (1 - ratio)) if i == 1 else count].sort().values
+            for (linear, dim, size), (whole, _, _) in zip(members, lp.groups(dense)[family]):
+                want = whole.weight.unflatten(dim, (count, size)).index_select(dim, keep).flatten(dim, dim + 1)
+                assert torch.equal(linear.weight, want)
+                assert (linear.out_features, linear.in_features) == linear.weight.shape
+                if linear.bias is not None and dim == 0:
+                    assert torch.equal(linear.bias, whole.bias.view(count, size)[keep].flatten())
+    assert pruned(batches[0]).isfinite().all()
+
+
+def test_random_pruning_is_seeded_and_counts_as_the_official_code():
+    model = small_model(4, layers=3)
+    same, again, other = (ref.llm_pruner(model, None, ratio=0.3, order="random", seed=s) for s in (0, 0, 1))
+    assert torch.equal(same.layers[1].mlp.up_proj.weight, again.layers[1].mlp.up_proj.weight)
+    assert not torch.equal(same.layers[1].mlp.up_proj.weight, other.layers[1].mlp.up_proj.weight)
+    # 32 rows - int(32 * 0.7) = 10 rows: one head of 8 goes; 48 - int(48 * 0.7) = 15 channels go.
+    assert lp.widths(same) == [[32, 32, 48], [24, 24, 33], [32, 32, 48]]
+    assert lp.widths(ref.llm_pruner(model, None, ratio=0.99, order="l2"))[1] == [8, 8, 1]  # one group stays
+
+
+def test_bad_llm_pruner_is_named():
+    model, batches = small_model(layers=3), small_batches()
+    for name, given, options in (
+        ("ratio", (model, batches), dict(ratio=1.0)), ("ratio", (model, batches), dict(ratio="1")), ("order", (model, batches), dict(order="third")),
+        ("batches", (model, None), {}), ("batches", (model, [torch.zeros(3, 1).long()]), {}), ("batches", (model, [torch.zeros(3)]), {}),
+        ("layers", (small_model(), batches), {}), ("layers", (model, batches), dict(layers=[3])),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"^{name}.*got .* expected "):
+            ref.llm_pruner(*given, **({"ratio": 0.5} | options))
+
+
+def test_a_narrower_model_is_saved_and_read_back(tmp_path):
+    pruned = ref.llm_pruner(small_model(layers=3, bias=True), None, ratio=0.5, order="l2")
+    lp.save(pruned, tmp_path)
+    back = lp.load(tmp_path)
+    ids = small_batches()[0]
+    assert torch.equal(back(ids), pruned(ids))
+    assert lp.widths(back) == lp.widths(pruned) == [[32, 16, 48], [16, 8, 24], [32, 16, 48]]
+    with pytest.raises(ValueError, match=r"layers.1.*shape"):
+        Llama.from_pretrained(tmp_path)
+    (tmp_path / "widths.json").write_text(json.dumps([[32, 16, 48], [16, 6, 24], [32, 16, 48]]))
+    with pytest.raises(ValueError, match=r"widths.json: widths"):
+        lp.load(tmp_path)
+
+
+def test_recovery_starts_from_the_pruned_model_and_ends_dense():
+    model = ref.llm_pruner(small_model(layers=3), None, ratio=0.5, order="l2")
+    rows, names = torch.from_numpy(np.random.default_rng(3).integers(0, 5, (40, 16))), list(model.state_dict())
+    untouched, before, losses = model.embed_tokens.weight.clone(), lp.loss_of(model, rows).item(), []
+    options = dict(batch=8, rank=2, lr=1e-2)
+    assert lp.loss_of(ref.recover(model, rows, steps=0, **options), rows).item() == before
+    tuned = ref.recover(model, rows, steps=30, on_step=lambda step, loss: losses.append(loss), **options)
+    assert list(tuned.state_dict()) == names
+    assert torch.equal(tuned.embed_tokens.weight, untouched)
+    # Merged: the dense model has the loss that the additions had reached.
+    assert lp.loss_of(tuned, rows).item() < before - 0.2
+    assert abs(lp.loss_of(tuned, rows).item() - losses[-1]) < 0.2
+    with pytest.raises(ValueError, match=r"^rows"):
+        ref.recover(model, rows[0], steps=1)
