@@ -149,8 +149,9 @@ def structural_table(model, text, seed=0):
         for order in ORDERS:
             for s in range(3 if order == "random" else 1):
                 pruned = llm_pruner(model, batches, ratio=ratio, order=order, seed=seed + s)
-                row = dict(order=order, ratio=ratio, seed=seed + s, parameters=sum(p.numel() for p in pruned.parameters()))
-                row |= dict(before=train.bits_per_byte(pruned, text), after=None)
+                row = dict(order=order, ratio=ratio, seed=seed + s, after=None)
+                row |= dict(parameters=sum(p.numel() for p in pruned.parameters()))
+                row |= dict(before=train.bits_per_byte(pruned, text))
                 if ratio == RECOVERED_RATIO and s == 0:
                     recover(pruned, rows, steps=RECOVERY_STEPS, batch=8, seed=seed)
                     row["after"] = train.bits_per_byte(pruned, text)
