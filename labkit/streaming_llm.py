@@ -179,7 +179,7 @@ class Stream:
 def cache_player(words, num_sinks=2, window=5):
     """The cache as a strip, word by word: who is held, in which slot, at which position. A run of a SinkCache whose
     keys are the numbers of the words."""
-    cache, steps, size = SinkCache(num_sinks, window), [], num_sinks + window
+    cache, steps, size, cols = SinkCache(num_sinks, window), [], num_sinks + window, 8
     for new in range(len(words)):
         ring = [] if cache.k is None else cache.k.flatten().tolist()
         number = torch.full((1, 1, 1, 1), float(new))
@@ -191,7 +191,8 @@ def cache_player(words, num_sinks=2, window=5):
         def color(i, new=new, held=held):
             return "orange" if i == new else "purple" if i < num_sinks else "blue" if i in held else "muted"
 
-        text_row = [(color(i), word) if i <= new else ("outline", word) for i, word in enumerate(words)]
+        cells = [(color(i), word) if i <= new else ("outline", word) for i, word in enumerate(words)]
+        cells += [None] * (-len(words) % cols)
         at = ring_positions(torch.tensor([cache.seen]), num_sinks, window)[0].tolist()
         slots = [int(x) for x in cache.k.flatten()]
         filled = range(len(cache))  # the slots that hold a token
@@ -200,9 +201,9 @@ def cache_player(words, num_sinks=2, window=5):
         numbers = [("", str(slots[s])) if s in filled else None for s in range(size)]
         evicted = f' It takes the slot of "{words[just[0]]}", which is evicted.' if just else ""
         text = f'"{words[new]}" comes.{evicted} Held: {len(held)}, forgotten: {len(gone)}.'
-        steps.append({"text": text, "text row": [text_row], "ring": [strip, positions, numbers]})
+        steps.append({"text": text, "words": [cells[i : i + cols] for i in range(0, len(cells), cols)], "ring": [strip, positions, numbers]})
     panels = {
-        "text row": player.Grid(1, len(words), name="the text"),
+        "words": player.Grid(-(-len(words) // cols), cols, name="the text"),
         "ring": player.Grid(3, size, row_labels=["slot", "position", "number in the text"], name="the ring"),
     }
     legend = {"orange": "new", "purple": "sink", "blue": "in the window", "muted": "forgotten", "outline": "to come"}
