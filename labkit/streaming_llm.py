@@ -201,7 +201,8 @@ def cache_player(words, num_sinks=2, window=5):
         numbers = [("", str(slots[s])) if s in filled else None for s in range(size)]
         evicted = f' It takes the slot of "{words[just[0]]}", which is evicted.' if just else ""
         text = f'"{words[new]}" comes.{evicted} Held: {len(held)}, forgotten: {len(gone)}.'
-        steps.append({"text": text, "words": [cells[i : i + cols] for i in range(0, len(cells), cols)], "ring": [strip, positions, numbers]})
+        rows = [cells[i : i + cols] for i in range(0, len(cells), cols)]
+        steps.append({"text": text, "words": rows, "ring": [strip, positions, numbers]})
     panels = {
         "words": player.Grid(-(-len(words) // cols), cols, name="the text"),
         "ring": player.Grid(3, size, row_labels=["slot", "position", "number in the text"], name="the ring"),
