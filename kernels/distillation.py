@@ -20,9 +20,9 @@ KINDS = {"forward_kl": FORWARD.value, "reverse_kl": REVERSE.value, "jsd": JSD.va
 
 @triton.jit
 def _load(ptr, stride_v, cols, vocab):
-    """A piece [1, BLOCK_V] of a row of logits, fp32; -inf beyond the vocabulary."""
+    """A piece [BLOCK_V] of a row of logits, fp32; -inf beyond the vocabulary."""
     x = tl.load(ptr + cols.to(tl.int64) * stride_v, mask=cols < vocab, other=float("-inf"))
-    return x.to(tl.float32)[None, :]
+    return x.to(tl.float32)
 
 
 @triton.jit
@@ -33,17 +33,17 @@ def _finite(m):
 
 @triton.jit
 def _step(x, m, l, scale):
-    """One step of the online softmax over x [1, BLOCK_V], whose running maximum m [1] is in units of the logits.
+    """One step of the online softmax over x [BLOCK_V], whose running maximum m is in units of the logits.
 
     The maximum is subtracted before anything is scaled: logits with a large offset lose no digits. Returns log2 of
     the numerators relative to the new maximum, the numerators p, what the earlier ones shrink by, and the new m and l.
     """
-    new = tl.maximum(m, tl.max(x, 1))
+    new = tl.maximum(m, tl.max(x, 0))
     base = _finite(new)
-    log = (x - base[:, None]) * scale
+    log = (x - base) * scale
     p = tl.exp2(log)
     alpha = tl.exp2((m - base) * scale)
-    return log, p, alpha, new, l * alpha + tl.sum(p, 1)
+    return log, p, alpha, new, l * alpha + tl.sum(p, 0)
 
 
 @triton.jit
@@ -85,8 +85,8 @@ def _forward_kernel(
     z_ptr = _row(z_ptr, stride_za, stride_zb, row, inner)
     t_ptr = _row(t_ptr, stride_ta, stride_tb, row, inner)
     offs_v = tl.arange(0, BLOCK_V)
-    m_z, m_t = (tl.full([1], float("-inf"), tl.float32),) * 2
-    l_z, l_t, l_1, acc = (tl.zeros([1], tl.float32),) * 4
+    m_z, m_t = (tl.full((), float("-inf"), tl.float32),) * 2
+    l_z, l_t, l_1, acc = (tl.zeros((), tl.float32),) * 4
     for first in tl.range(0, vocab, BLOCK_V, num_stages=STAGES):
         z = _load(z_ptr, stride_zv, first + offs_v, vocab)
         t = _load(t_ptr, stride_tv, first + offs_v, vocab)
@@ -96,9 +96,9 @@ def _forward_kernel(
         # running maximum, so when one moves, the terms added so far move with it.
         moved = ((_finite(new_z) - _finite(m_z)) - (_finite(new_t) - _finite(m_t))) * scale
         if KIND == FORWARD:
-            acc = alpha_t * (acc + l_t * moved) + tl.sum(_ratio(p, log_t, log_z), 1)
+            acc = alpha_t * (acc + l_t * moved) + tl.sum(_ratio(p, log_t, log_z), 0)
         if KIND == REVERSE:
-            acc = alpha_z * (acc - l_z * moved) + tl.sum(_ratio(q, log_z, log_t), 1)
+            acc = alpha_z * (acc - l_z * moved) + tl.sum(_ratio(q, log_z, log_t), 0)
         if HAS_CE:
             _, _, _, _, l_1 = _step(z, m_z, l_1, LOG2E)
         m_z, l_z, m_t, l_t = new_z, sum_z, new_t, sum_t
@@ -111,22 +111,21 @@ def _forward_kernel(
         d = acc / l_z - log_lz + log_lt
         expected = d
     else:  # the mixture needs both denominators, so the row is walked once more
-        kl_p, kl_q = (tl.zeros([1], tl.float32),) * 2
+        kl_p, kl_q = (tl.zeros((), tl.float32),) * 2
         for first in tl.range(0, vocab, BLOCK_V, num_stages=STAGES):
-            log_z = (_load(z_ptr, stride_zv, first + offs_v, vocab) - m_z[:, None]) * scale - log_lz[:, None]
-            log_t = (_load(t_ptr, stride_tv, first + offs_v, vocab) - m_t[:, None]) * scale - log_lt[:, None]
+            log_z = (_load(z_ptr, stride_zv, first + offs_v, vocab) - m_z) * scale - log_lz
+            log_t = (_load(t_ptr, stride_tv, first + offs_v, vocab) - m_t) * scale - log_lt
             p, q, log_m = _mixture(log_t, log_z, beta)
-            kl_p += tl.sum(_ratio(p, log_t, log_m), 1)
-            kl_q += tl.sum(_ratio(q, log_z, log_m), 1)
+            kl_p += tl.sum(_ratio(p, log_t, log_m), 0)
+            kl_q += tl.sum(_ratio(q, log_z, log_m), 0)
         d = beta * kl_p + (1.0 - beta) * kl_q
         expected = kl_q
     loss = square * LN2 * d
     if HAS_CE:
         right = tl.load(z_ptr + label.to(tl.int64) * stride_zv).to(tl.float32)
         loss += ce_weight * (LN2 * log_l1 + m_z - right)
-    one = tl.arange(0, 1)
-    tl.store(loss_ptr + row + one, loss)
-    stats_ptr += row * 6 + one
+    tl.store(loss_ptr + row, loss)
+    stats_ptr += row * 6
     tl.store(stats_ptr, m_z)
     tl.store(stats_ptr + 1, log_lz)
     tl.store(stats_ptr + 2, m_t)
@@ -173,9 +172,9 @@ def _backward_kernel(
     grad *= temperature
     if HAS_CE:
         p_1 = tl.exp2((z - m_z) * LOG2E - tl.load(stats_ptr + 5))
-        grad += ce_weight * (p_1 - tl.where(cols[None, :] == label, 1.0, 0.0))
+        grad += ce_weight * (p_1 - tl.where(cols == label, 1.0, 0.0))
     grad *= tl.load(weight_ptr + row * stride_w)
-    tl.store(grad_ptr[None, :], cast(grad, grad_ptr.dtype.element_ty), mask=(cols < vocab)[None, :])
+    tl.store(grad_ptr, cast(grad, grad_ptr.dtype.element_ty), mask=cols < vocab)
 
 
 def distillation_config(vocab: int) -> dict:

@@ -6,12 +6,13 @@ where softmax(z / T) is taken of both at the temperature T, and D is a divergenc
 (section 2) for the loss and T^2; Agarwal et al. 2024 (GKD, section 3) for the generalised Jensen-Shannon divergence.
 """
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 
-from labkit import args
+from labkit import args, bench, codegen
 
 IGNORED = -100  # the label of a row that takes no part, as in torch's cross_entropy
 
@@ -81,3 +82,121 @@ def kd_loss_and_grad(student_logits, teacher_logits, labels=None, **options):
     loss = kd_loss(z, teacher_logits, labels, **options)
     (grad,) = torch.autograd.grad(loss.sum(), z) if loss.requires_grad else (torch.zeros_like(z),)
     return loss.detach(), grad
+
+
+# ---- what a loss keeps in memory
+
+
+def saved_bytes(loss, student_logits, teacher_logits, **options):
+    """Bytes that loss(...) keeps for its backward pass, apart from the logits themselves (counted, exact)."""
+    z = student_logits.detach().requires_grad_()
+    own, kept = {x.untyped_storage().data_ptr() for x in (z, teacher_logits)}, {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = loss(z, teacher_logits, **options)
+    assert result.requires_grad
+    return sum(n for where, n in kept.items() if where not in own)
+
+
+def peak_bytes(loss, student_logits, teacher_logits, **options):
+    """The most memory of the GPU that one forward and backward pass takes beyond the logits."""
+    z = student_logits.detach().requires_grad_()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss(z, teacher_logits, **options).backward()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+# ---- what is timed
+
+
+VOCABULARIES, TOKENS = (4096, 32_000, 128_256, 262_144), 2048
+OPTIONS = {"forward KL": dict(kind="forward_kl", temperature=2.0), "JSD": dict(kind="jsd", beta=0.5)}
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled(device, *shape):
+    if device == "cpu":  # the same call, but no compiler is needed to check it
+        return kd_loss
+    torch._dynamo.reset()
+    return torch.compile(kd_loss, dynamic=False)
+
+
+def _with_gradient(loss_of, student_logits):
+    """A call that returns (loss, gradient), as `kd_loss_and_grad` does."""
+    z = student_logits.detach().requires_grad_()
+
+    def call():
+        loss = loss_of(z)
+        return loss.detach(), torch.autograd.grad(loss, z)[0]
+
+    return call
+
+
+def eager(student_logits, teacher_logits, **options):
+    return _with_gradient(lambda z: kd_loss(z, teacher_logits, **options), student_logits)
+
+
+def compiled(student_logits, teacher_logits, **options):
+    loss = _compiled(student_logits.device.type, *student_logits.shape, *options.values())
+    return _with_gradient(lambda z: loss(z, teacher_logits, **options), student_logits)
+
+
+def liger(student_logits, teacher_logits, *, kind, temperature=1.0, beta=0.5):
+    """Liger takes log-probabilities, so the softmax is torch's; in fp32, or its result would fail the check."""
+    from liger_kernel.ops.jsd import LigerJSDFunction
+    from liger_kernel.ops.kl_div import LigerKLDivLossFunction
+
+    def loss(z):
+        logq, logp = ((x.float() / temperature).log_softmax(-1) for x in (z, teacher_logits))
+        if kind == "jsd":
+            return LigerJSDFunction.apply(logq, logp, None, beta)
+        return temperature**2 * LigerKLDivLossFunction.apply(logq, logp, "batchmean", True)
+
+    return _with_gradient(loss, student_logits)
+
+
+def cases(tiny=False):
+    """Loss and gradient of 2,048 tokens over vocabularies from 4k to 256k, bf16 logits."""
+    result = []
+    for name, options in OPTIONS.items():
+        for vocab in VOCABULARIES:
+            tokens, width = (2, vocab // 64) if tiny else (TOKENS, vocab)
+
+            def make(generator, device, tokens=tokens, width=width, options=options):
+                draw = lambda: 2 * torch.randn(tokens, width, generator=generator, device=device)  # noqa: E731
+                return dict(student_logits=draw().bfloat16(), teacher_logits=draw().bfloat16()) | options
+
+            result.append(
+                bench.Case(
+                    f"{name}, vocabulary {vocab:,}", "kd_loss_and_grad", make, bytes=3 * 2 * tokens * width,
+                    section=name, peers={"eager torch": eager, "torch.compile": compiled, "Liger": liger},
+                    graph=False,  # Liger's backward waits for the GPU, which a graph cannot hold
+                )  # fmt: skip
+            )
+    return result
+
+
+def codegen_cases():
+    """Each kind, with and without labels; a vocabulary that is not a multiple of 16 bytes cannot be read in them."""
+
+    def case(name, dtype="bfloat16", vocab=32_000, labels=None, narrow=(), **options):
+        logits = codegen.Tensor((4, vocab), dtype)
+        inputs = dict(student_logits=logits, teacher_logits=logits) | options
+        if labels:
+            inputs |= dict(labels=codegen.Tensor((4,), "int64", 1), ce_weight=0.5)
+        return codegen.Case("kernels.distillation:kd_loss_and_grad", name, inputs, narrow=narrow)
+
+    return [
+        case("bf16, forward KL, with labels", labels=True, temperature=2.0),
+        case("bf16, reverse KL", kind="reverse_kl"),
+        case("bf16, JSD", kind="jsd"),
+        case("fp32, JSD, with labels", "float32", kind="jsd", labels=True),
+        case("fp16, forward KL, 50,257 tokens", "float16", 50_257, narrow=("_forward_kernel", "_backward_kernel")),
+    ]
