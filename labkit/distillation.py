@@ -178,7 +178,7 @@ def cases(tiny=False):
                     f"{name}, vocabulary {vocab:,}", "kd_loss_and_grad", make, bytes=3 * 2 * tokens * width,
                     section=name, peers={"eager torch": eager, "torch.compile": compiled, "Liger": liger},
                     graph=False,  # Liger's backward waits for the GPU, which a graph cannot hold
-                )  # fmt: skip
+                )
             )
     return result
 
