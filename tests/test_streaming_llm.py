@@ -431,13 +431,9 @@ def test_ways_agree_where_they_have_to():
 
 
 def test_the_slice_on_record():
-    """The record's slice is what the committed weights give, and its numbers are of the method's three corners."""
-    recorded = record.experiment("streaming_llm")
-    assert recorded.seeds == (0, 1)
-    model = Llama.from_pretrained(TEACHER)
-    got = streams.two_by_two(model, streams.text(0)[:769], streams.SIZE)
-    assert set(got) == set(recorded.samples[0]["slice"])
-    assert got["sinks, original positions"] > got["sinks"]
+    """The record's slice is what the committed weights give."""
+    recorded = record.experiment("streaming_llm").samples[0]["slice"]
+    assert streams.slice_bits(Llama.from_pretrained(TEACHER)) == pytest.approx(recorded, abs=1e-3)
 
 
 def test_a_fact_is_found_inside_the_window_only():
