@@ -193,8 +193,6 @@ class AttentionRules(Rewriter):
             arranged = [self._arrange(n, axes) for n, axes in ((q, q_axes), (k, k_axes), (v, v_axes))]
             new, _ = self.op("attention", tuple(arranged), [(q_shape, q.meta["dtype"])], causal=causal, sm_scale=scale)
             out = self._restore(new, root)
-        if causal:
-            self.pinned = True
         self.replace("attention", [new], [(root, out)])
         return True
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from labkit import check, fusion, player, plot
+from labkit.fusion_bench import CACHE, GRAPH, MLP, PYTHON, ROWS  # noqa: F401
 from labkit.gpus import GPUS
 from labkit.model import Block, Config, Llama, causal
 from labkit.record import Experiment
@@ -127,13 +128,14 @@ def color_of(row):
 
 def draw(report, *, name, caption, alt):
     """The graph before and after: a dot for each launch, in order, an arc for each result that a later one reads."""
-    fig, axes = plot.figure(2, 1, width=8.0, height=4.6)
+    fig, axes = plot.figure(2, 1, width=8.0, height=4.2, height_ratios=(5, 3))
     angle, width = torch.linspace(0, torch.pi, 20), len(report.before)
     for ax, title, rows in zip(axes, ("before", "after"), (report.before, report.after)):
-        at = {row.node: i for i, row in enumerate(rows)}
+        at, highest = {row.node: i for i, row in enumerate(rows)}, 1
         for i, row in enumerate(rows):
             for source in row.reads:
                 far = i - at.get(source, -1)
+                highest = max(highest, far / 2)
                 x, y = i - far / 2 * (1 - angle.cos()), far / 2 * angle.sin()
                 ax.plot(x, y, color="#bbbbbb", lw=0.8, marker="", ls="-")
         for color, (meaning, _) in KINDS.items():
@@ -141,7 +143,7 @@ def draw(report, *, name, caption, alt):
             ax.scatter(here, [0] * len(here), s=26, color=plot.COLORS[color], zorder=3, label=meaning)
         launches, size = report.total(rows)
         ax.set_title(f"{title}: {launches} launches, {size / 1e6:,.1f} MB")
-        ax.set(xlim=(-2, width), ylim=(-width / 30, width / 2), yticks=[])
+        ax.set(xlim=(-2, width), ylim=(-highest / 8, 1.1 * highest), yticks=[])
         ax.set_xticks(range(len(rows)), [_short(row.what) for row in rows], rotation=90, fontsize=7)
         ax.grid(False)
         ax.spines["left"].set_visible(False)

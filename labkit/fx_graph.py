@@ -2,8 +2,11 @@
 
 import contextlib
 import inspect
+import io
+import logging
 import math
 import operator
+import textwrap
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
@@ -52,11 +55,14 @@ def _fx_trace(module, inputs):
 
 
 def _export_trace(module, inputs):
-    was_training = module.training
+    quiet = contextlib.redirect_stderr(io.StringIO())  # its advice on a failure: the error itself is reported
+    logging.disable(logging.WARNING)
     try:
-        gm = torch.export.export(module, tuple(inputs)).module()
+        with quiet, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            gm = torch.export.export(module, tuple(inputs)).module()
     finally:
-        module.train(was_training)
+        logging.disable(logging.NOTSET)
     for node in list(gm.graph.nodes):  # checks of the export itself: `Guard` checks the inputs
         if node.target == "_guards_fn" or "_assert_tensor_metadata" in str(node.target):
             gm.graph.erase_node(node)
@@ -126,12 +132,16 @@ class Guard:
             raise ValueError(f"inputs: got {len(inputs)}, expected {len(self.expected)}")
         for i, (x, want) in enumerate(zip(inputs, self.expected)):
             got = signature(x, self.shapes_too)
-            if got != (want if self.shapes_too else want[:2] if isinstance(want, tuple) else want):
+            want = want[:-1] if isinstance(want, list) and not self.shapes_too else want
+            if got != want:
                 raise ValueError(f"input {i}: got {got}, expected {want}, which it was fused for")
 
 
 def signature(x, shapes_too=True):
-    return (x.dtype, x.device, *([tuple(x.shape)] if shapes_too else [])) if isinstance(x, torch.Tensor) else x
+    """What is fixed of an input: ["torch.float32", "cpu", [2, 3]], or without the shape; no tensor: itself."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    return [str(x.dtype), str(x.device), *([list(x.shape)] if shapes_too else [])]
 
 
 # ---- 2. count
@@ -318,7 +328,8 @@ class Report:
             counts = Counter()
             for row in rows:
                 counts[row.what] += row.launches
-            lines.append("    " + ", ".join(f"{n} {what}" for what, n in counts.most_common()))
+            words = ", ".join(f"{n} {what}" for what, n in counts.most_common())
+            lines.append(textwrap.fill(words, 84, initial_indent="    ", subsequent_indent="    "))
         rules = Counter(step.rule for step in self.steps)
         lines.append("replaced: " + (", ".join(f"{n} {rule}" for rule, n in rules.items()) or "nothing"))
         return "\n".join([*lines, *(f"left alone: {reason}" for reason in dict.fromkeys(self.left))])
@@ -332,8 +343,10 @@ class Report:
             rows[place:place] = [self.rows[name] for name in step.added if self.rows[name].launches]
             rows = [row for row in rows if row.node not in step.removed]
             states.append((step.rule, list(rows)))
-        last = [("copies that have become views", list(self.after))] if rows != self.after else []
-        return states + last
+        if [row.node for row in rows] == [row.node for row in self.after]:
+            states.pop()
+            return [*states, (self.steps[-1].rule if self.steps else "as traced", list(self.after))]
+        return [*states, ("copies that have become views", list(self.after))]
 
 
 class Rewriter:

@@ -22,6 +22,39 @@ pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encount
 
 WIDTH, HEADS, DIM, LEN = 32, 4, 8, 6
 
+# (old text, new text) of these files; tests/planted_bugs.py plants them one at a time.
+PLANTED_BUGS = [
+    ("labkit/fx_graph.py", "            if elsewhere:\n", "            if False:\n"),
+    ("labkit/fx_graph.py", "if first <= i <= last and writes(node):", "if False:"),
+    ("labkit/fx_graph.py", "if len(got) == len(want) and all(map(_same, got, want)):", "if True:"),
+    ("labkit/fx_graph.py", ' and arg(node, None, "alpha", default=1) == 1', ""),
+    ("labkit/fx_graph.py", "            if got != want:\n", "            if False:\n"),
+    ("labkit/fx_graph.py", "                x.copy_(before)", "                pass"),
+    ("labkit/fx_graph.py", "not func._schema.is_mutable and ", ""),
+    ("labkit/fx_graph.py", "(not node.is_impure() or is_transparent(node))", "not node.is_impure()"),
+    ("labkit/fx_graph.py", "in_place or augmented or options", "in_place or augmented"),
+    ("labkit/fx_graph.py", "(top or len(bare.users) == 1)", "True"),
+    ("labkit/fx_graph.py", "return left + [(f, sign * s) for f, s in right]", "return left + right"),
+    ("labkit/fuse.py", "dims[0] % len(size) != len(size) - 1", "False"),
+    ("labkit/fuse.py", "if width is not None and width != size[-1]:", "if False:"),
+    ("labkit/fuse.py", "if sign_a == sign_w == 1 and ", "if "),
+    ("labkit/fuse.py", "shape(w) != shape(x)[-1:] or w.meta", "w.meta"),
+    ("labkit/fuse.py", ' or w.meta["dtype"] != x.meta["dtype"]:', ":"),
+    ("labkit/fuse.py", "        if not same:\n", "        if False:\n"),
+    ("labkit/fuse.py", 'name_of(n) == "silu" and not writes(n)', 'name_of(n) == "silu"'),
+    ("labkit/fuse.py", "torch.cat(values)", "torch.cat(values[::-1])"),
+    ("labkit/fuse.py", "some.new_zeros", "some.new_ones"),
+    ("labkit/fuse.py", 'user.target = "reshape"', "pass"),
+    ("labkit/fuse_attention.py", "if t > length or not bool((drop == ~keep).all())", "if t > length"),
+    ("labkit/fuse_attention.py", ".tril(length - t)", ".tril()"),
+    ("labkit/fuse_attention.py", "scale *= factor**sign", "scale *= factor"),
+    ("labkit/fuse_attention.py", "isinstance(attribute(self.gm, n.target), nn.Parameter)", "False"),
+    ("labkit/fuse_attention.py", "        self.pinned = True  # it was looked at", "        pass  # it was looked at"),
+    ("labkit/fuse_attention.py", "if [r[1:] for r in read[2:]] in (second, second[::-1]) else None", ""),
+    ("labkit/fuse_attention.py", "return is_number(x) and x <= VERY_LOW", "return is_number(x)"),
+    ("labkit/fuse_attention.py", 'key=lambda n: abs(order[n] - order[root])', "key=lambda n: order[n]"),
+]  # fmt: skip
+
 
 def normal(*shape, dtype=F32, seed=0):
     return randn(np.random.default_rng(seed), *shape, dtype=dtype)
@@ -83,7 +116,7 @@ def test_our_whole_model():
     assert rules(fused) == {"rmsnorm": 5, "add_rmsnorm": 4, "swiglu": 2, "rope": 2, "one product": 4}
     with torch.no_grad():
         torch.testing.assert_close(fused(ids), model(ids), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match=r"^input 0: got .*\(3, 4\).*expected .*\(2, 6\).* it was fused for"):
+    with pytest.raises(ValueError, match=r"^input 0: got .*\[3, 4\].*expected .*\[2, 6\].* it was fused for"):
         fused(ids.view(3, 4))
 
 
@@ -214,6 +247,7 @@ ATTENTIONS = {
     "in fp32, dropout that is off": lambda q, k, v, m: F.dropout(F.softmax(q @ k.mT, -1, dtype=torch.float32).to(q.dtype), 0.1, m.training) @ v,
     "einsum": lambda q, k, v, m: torch.einsum("bhts,bhsd->bthd", torch.einsum("bhtd,bhsd->bhts", q, k).mul(0.2).softmax(-1), v),
     "bmm": bmm,
+    "fewer queries than keys": lambda q, k, v, m: F.softmax((q[:, :, -3:] @ k.mT).masked_fill(~keep()[-3:], float("-inf")), -1) @ v,
     "repeated heads": lambda q, k, v, m: torch.softmax(q @ k[:, :2].repeat_interleave(2, 1).mT, -1) @ v[:, :2].repeat_interleave(2, dim=1),
 }  # fmt: skip
 
@@ -229,7 +263,7 @@ def test_spellings_of_attention(name):
         assert_same(fused, module, x)
         assert not any(row.what == "softmax" for row in fused.report.after)
     if name in ("masked_fill", "added -inf", "where"):
-        with pytest.raises(ValueError, match=r"^input 0: got .* expected .*\(2, 6, 32\)"):
+        with pytest.raises(ValueError, match=r"^input 0: got .* expected .*\[2, 6, 32\]"):
             fused(x[:, :4])
 
 
@@ -275,10 +309,13 @@ NOT = {
     "the variance is used": (variance_used, "rmsnorm"),
     "x changed in between": (weights_written, "rmsnorm"),
     "broadcast gate": (lambda m, x, y: F.silu(x[:, :1]) * y, "swiglu"),
-    "another sigmoid": (lambda m, x, y: x * torch.sigmoid(y) * y * 1.0 if False else x * torch.sigmoid(y + x) * y, "swiglu"),
-    "silu is used": (lambda m, x, y: F.silu(x) * y + F.silu(x).sum() if False else (lambda s: s * y + s)(F.silu(x)), "swiglu"),
+    "another sigmoid": (lambda m, x, y: x * torch.sigmoid(y + x) * y, "swiglu"),
+    "silu is used": (lambda m, x, y: (lambda s: s * y + s)(F.silu(x)), "swiglu"),
     "silu in place": (lambda m, x, y: F.silu(x.clone(), inplace=True) * y, "swiglu"),
     "written in between": (written_between, "swiglu"),
+    "a scaled add": (lambda m, x, y: NORMS["pow, mean, rsqrt"](m, torch.add(x, y, alpha=2), None), "add_rmsnorm"),
+    "a broadcast add": (lambda m, x, y: NORMS["pow, mean, rsqrt"](m, x + y[:, :1], None), "add_rmsnorm"),
+    "sum over another width": (lambda m, x, y: m.w * x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) / 7 + EPS), "rmsnorm"),
     "gelu of a sum of two": (lambda m, x, y: F.gelu(x + y), "bias_gelu"),
 }  # fmt: skip
 
@@ -293,6 +330,54 @@ def test_left_alone(name):
     assert_same(fused, module, x, y)
 
 
+def test_weights_of_another_dtype():
+    """bf16 times an fp32 weight is fp32, which the kernel does not give."""
+    module = initialised(Module(NORMS["F.rms_norm"], w=WIDTH))
+    module.function = lambda m, x, y: m.w * (x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+    fused = fuse(module, (normal(2, WIDTH, dtype=BF16),))
+    assert rules(fused) == {}
+    assert any("the weight is not one row in the input's dtype" in reason for reason in fused.report.left)
+
+
+def turned(x, cos, sin, sign):
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin if sign > 0 else b * cos - a * sin), -1)
+
+
+def turned_whole(x, cos, sin, sign):
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
+    return x * torch.cat((cos, cos), -1) + torch.cat((-b, a) if sign > 0 else (b, -a), -1) * torch.cat((sin, sin), -1)
+
+
+@pytest.mark.parametrize("spelling", [turned, turned_whole])
+def test_rotations(spelling):
+    """q and k by the same angles; not if the pair is turned the other way, nor if only one is turned."""
+
+    def run(sign, both):
+        def forward(m, x, y):
+            cos, sin = (f(m.w).unsqueeze(-2) for f in (torch.cos, torch.sin))
+            return spelling(x, cos, sin, sign), spelling(y, cos, sin, sign) if both else y
+
+        module = initialised(Module(forward, w=(3, DIM // 2)))
+        x, y = normal(2, 3, 4, DIM), normal(2, 3, 2, DIM, seed=1)
+        fused = fuse(module, (x, y))
+        assert_same(fused, module, x, y)
+        return rules(fused).get("rope", 0)
+
+    # spelled with whole angles, these are made after the head axis: no rule knows where the heads are
+    assert run(1, True) == (spelling is turned)
+    assert run(-1, True) == run(1, False) == 0
+
+
+def test_stacked_layers_with_and_without_bias():
+    """And pieces whose dimensions a view would have to merge."""
+    module = Module(lambda m, x, y: (F.linear(x, m.a).view(-1), F.linear(x, m.b, m.c), F.linear(x, m.a).view(6, -1)), a=(5, WIDTH), b=(4, WIDTH), c=(4,))
+    fused = fuse(initialised(module), (normal(2, 3, WIDTH),))
+    assert rules(fused) == {"one product": 1}
+    assert_same(fused, module, normal(2, 3, WIDTH))
+
+
 def test_a_reason_is_given():
     module = initialised(Module(variance_used, w=WIDTH))
     fused = fuse(module, (normal(2, WIDTH),))
@@ -305,7 +390,7 @@ NOT_CAUSAL = {
     "upside down": lambda q, k, v, m: F.softmax((q @ k.mT).masked_fill(keep().tril(-1), float("-inf")), -1) @ v,
     "a bias, not a mask": lambda q, k, v, m: F.softmax(q @ k.mT + torch.arange(LEN), -1) @ v,
     "a mask too mild": lambda q, k, v, m: F.softmax((q @ k.mT).masked_fill(~keep(), -9.0), -1) @ v,
-    "a parameter": lambda q, k, v, m: F.softmax(q @ k.mT + m.p * 0, -1) @ v,
+    "a parameter": lambda q, k, v, m: F.softmax(q @ k.mT + (m.p * 0).masked_fill(~keep(), float("-inf")), -1) @ v,
     "over the queries": lambda q, k, v, m: F.softmax(q @ k.mT, -2) @ v,
     "the weights are used": lambda q, k, v, m: (lambda p: p @ v + p.sum())(F.softmax(q @ k.mT, -1)),
     "scaled for each head": lambda q, k, v, m: F.softmax(q @ k.mT * m.s, -1) @ v,

@@ -6,6 +6,35 @@ from kernels import fusion
 from labkit import fusion as ref
 from labkit.check import BF16, F16, F32, assert_matches, randn
 
+# (old text, new text) of these files; tests/planted_bugs.py plants them one at a time.
+PLANTED_BUGS = [
+    ("kernels/fusion.py", "        s = cast(s, x_ptr.dtype.element_ty).to(tl.float32)\n", ""),
+    ("kernels/fusion.py", "tl.sum(s * s, 1) / n + eps)\n        if", "tl.sum(s * s, 1) / BLOCK_N + eps)\n        if"),
+    ("kernels/fusion.py", "dw += dy * h", "dw = dy * h"),
+    ("kernels/fusion.py", "g - h * (tl.sum(g * h, 1) / n)[:, None]", "g"),
+    ("kernels/fusion.py", "mean = tl.sum(product, 1)[:, None] * rstd / n", "mean = tl.sum(product, 1)[:, None] / n"),
+    ("kernels/fusion.py", "dw = _load(dw_ptr, 0, 1, rows, first + cols, mask) + dy * h", "dw = dy * h"),
+    ("kernels/fusion.py", "if dy is None:", "if False:"),
+    ("kernels/fusion.py", 'safe = tl.where(new == float("-inf"), 0.0, new)', "safe = new"),
+    ("kernels/fusion.py", "total = total * tl.exp(top - safe) +", "total = total +"),
+    ("kernels/fusion.py", "sigmoid * (1.0 + gate * (1.0 - sigmoid))", "sigmoid"),
+    ("kernels/fusion.py", "0.044715 * x * x * x", "0.044715 * x * x"),
+    ("kernels/fusion.py", "0.5 * (1.0 + tl.erf", "0.5 * (1.01 + tl.erf"),
+    ("kernels/fusion.py", "gate, up = gate * rstd, up * rstd", "gate, up = gate * rstd, up"),
+    ("kernels/fusion.py", "square += x * x", "square = x * x"),
+    ("kernels/fusion.py", "mask_k = (offs_k < k - first)[None, :]", "mask_k = (offs_k < k)[None, :]"),
+    ("kernels/fusion.py", "h, x = add_rmsnorm(x, o", "h, _ = add_rmsnorm(x, o"),
+    ("kernels/rope.py", "b * cos_b[None, :] + a * sin_b[None, :]", "b * cos_b[None, :] - a * sin_b[None, :]"),
+    ("kernels/rope.py", "cos_b = tl.load(cos_ptrs + HALF * stride_cd", "cos_b = tl.load(cos_ptrs"),
+    ("kernels/rope.py", "sin = sin.roll(sin.shape[-1] // 2, -1)", "pass"),
+    ("kernels/rope.py", "+ offs_d + HALF, mask", "+ offs_d, mask"),
+    ("kernels/rope.py", "elif (slot >= 0) & (slot < num_slots):", "elif slot < num_slots:"),
+    ("kernels/rope.py", "bias_ptr + num_q_heads * 2 * HALF", "bias_ptr"),
+    ("kernels/rope.py", "b, t = token // length, token % length", "b, t = token // length, token // length"),
+    ("kernels/rope.py", "if wants_grad(*inputs) else function(*inputs)", "if False else function(*inputs)"),
+    ("labkit/args.py", "tensor(name, x, (*shape, dim // 2), like=q", "tensor(name, x, (*shape, 'half'), like=q"),
+]  # fmt: skip
+
 # A GPU overflows in silence; numpy, under the interpreter, warns.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 
@@ -114,7 +143,7 @@ def gradients(function, count):
 
 GRADIENT_ROWS = (
     ((3, 127), BF16, False), ((5, 130), F32, True), ((2, 3, 64), F16, False), ((9, 8), F32, False),
-    ((2, 17_001), F32, False), ((0, 4), F32, False),
+    ((5, 8200), F32, False), ((0, 4), F32, False),
 )  # fmt: skip
 gradient_rows = pytest.mark.parametrize("shape, dtype, strided", GRADIENT_ROWS, ids=str)
 
