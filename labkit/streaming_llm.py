@@ -4,6 +4,7 @@ The kept tokens are numbered anew at every step: a token's position is its place
 cache holds keys before rotation, and whoever reads it rotates them.
 """
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -358,13 +359,23 @@ def gathered_sdpa(**inputs):
     return lambda: _sdpa(*gather())
 
 
+@functools.lru_cache(maxsize=2)
+def _block_mask(length, num_sinks, window, device):
+    """Sinks and window of one query at the end of `length` keys. One for all copies of the inputs: a new mask function
+    would be compiled anew."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def keep(b, h, q_idx, kv_idx):
+        return (kv_idx < num_sinks) | (kv_idx >= length - window)
+
+    return create_block_mask(keep, None, None, 1, length, device=device)
+
+
 def flex_mask(q, k_ring, v_ring, seen, num_sinks, window, cos, sin):
     """Compiled FlexAttention over the whole stream's keys, with a block mask that keeps sinks and window.
 
     Where the mask keeps nothing the keys are zeros: they are not read. Keys are rotated beforehand.
     """
-    from torch.nn.attention.flex_attention import create_block_mask
-
     inputs = dict(q=q, k_ring=k_ring, v_ring=v_ring, seen=seen, num_sinks=num_sinks, window=window, cos=cos, sin=sin)
     q, k, v = _in_order(**inputs)()
     length = int(seen[0])
@@ -374,11 +385,7 @@ def flex_mask(q, k_ring, v_ring, seen, num_sinks, window, cos, sin):
         everything[:, :, :num_sinks], everything[:, :, -window:] = x[:, :, :num_sinks], x[:, :, num_sinks:]
         return everything
 
-    def keep(b, h, q_idx, kv_idx):
-        return (kv_idx < num_sinks) | (kv_idx >= length - window)
-
-    k, v = whole(k), whole(v)
-    mask = create_block_mask(keep, None, None, 1, length, device=q.device.type)
+    k, v, mask = whole(k), whole(v), _block_mask(length, num_sinks, window, q.device.type)
     flex_attention = peers._compiled_flex_attention(q.device.type, q.dtype, q.shape, k.shape, k.stride())
     return lambda: flex_attention(q, k, v, block_mask=mask, enable_gqa=True).squeeze(2)
 
