@@ -164,7 +164,7 @@ def reads_player(problem, walks):
         f"tiles {n}": player.Grid(num_kv_heads, num_tiles, row_labels=rows, col_labels=cols, name=name)
         for n, name in enumerate(walks)
     }
-    panels["bytes"] = player.Values(list(walks), ["bytes of K and V loaded"])
+    panels["bytes"] = player.Values(list(walks), ["bytes loaded"])
     legend = {"orange": "being loaded", "blue": "loaded once", "purple": "loaded again", "muted": "not yet"}
     caption = f"Two runs in the interpreter: {num_kv_heads * group} query heads on {num_kv_heads} KV heads."
     return player.Stepper("Who loads what, and how often", panels, steps, legend=legend, caption=caption)
