@@ -50,21 +50,33 @@ class _Pass(AttentionRules):
 
     def rmsnorm(self, root):
         """x * rsqrt(mean(x^2) + eps) * weight, or F.rms_norm."""
+        found = self._norm(root)
+        if found is None:
+            return False
+        x, w, eps, root, _ = found
+        self.hoist(w)
+        with self.graph.inserting_before(root):
+            new, _ = self.op("rmsnorm", (x, w), [(shape(x), x.meta["dtype"])], eps=eps)
+        self.replace("rmsnorm", [new], [(root, new)])
+        return True
+
+    def _norm(self, root):
+        """(x, weight, eps, the last node, all nodes) of an RMSNorm that may go, or None if it is none."""
         if name_of(root) == "rms_norm":
             x, w, eps = arg(root, 0, "input"), arg(root, 2, "weight"), arg(root, 3, "eps")
             if w is None or not is_number(eps):
-                return False
+                return None
             inside = {root}
         elif name_of(root) in ("mul", "div"):
             inside = set()
             parts = self.factors(root, inside)
             found = self._inverse_rms(parts, inside) if len(parts) == 3 else None
             if found is None:
-                return False
+                return None
             x, w, eps, inner = found
             inside |= inner
         else:
-            return False
+            return None
         x, w = self.strip(x, inside), self.strip(w, inside)
         root = self._last_cast(root, inside, x.meta["dtype"])
         if not is_node(w) or shape(w) != shape(x)[-1:] or w.meta["dtype"] != x.meta["dtype"]:
@@ -72,11 +84,7 @@ class _Pass(AttentionRules):
         self._check_output(root, x)
         self.closed(inside, [root])
         self.still(inside)
-        self.hoist(w)
-        with self.graph.inserting_before(root):
-            new, _ = self.op("rmsnorm", (x, w), [(shape(x), x.meta["dtype"])], eps=float(eps))
-        self.replace("rmsnorm", [new], [(root, new)])
-        return True
+        return x, w, float(eps), root, inside
 
     def _inverse_rms(self, parts, inside):
         """x, w, eps and the nodes of 1 / sqrt(mean(x^2) + eps), if it is one of three factors with x and a weight."""
@@ -159,14 +167,19 @@ class _Pass(AttentionRules):
 
     def add_rmsnorm(self, norm):
         """A residual add whose sum is normalised: both come out of one kernel."""
-        if norm.target is not getattr(self.ops, "rmsnorm", None) or name_of(norm.args[0]) != "add":
+        if "rmsnorm" in self.functions:  # the rule above was here
+            known = norm.target is self.functions["rmsnorm"]
+            found = (*norm.args, norm.kwargs["eps"], norm, {norm}) if known else None
+        else:
+            found = self._norm(norm)
+        if found is None or name_of(found[0]) != "add":
             return False
-        s, w = norm.args
+        s, w, eps, norm, inside = found
         (a, b), *_ = self.two(s, "add") or [(None, None)]
         same = all(is_node(x) and shape(x) == shape(s) and x.meta["dtype"] == s.meta["dtype"] for x in (a, b))
         if not same:
             raise Refused("the add is not of two tensors of one shape and dtype")
-        self.still({s, norm})
+        self.still(inside | {s})
         self.hoist(w)
         if self.order()[w] > self.order()[s]:
             raise Refused("the weight is computed after the add")
@@ -174,7 +187,7 @@ class _Pass(AttentionRules):
         with self.graph.inserting_after(s):
             marker = self.graph.call_function(operator.getitem, (s, 0))  # where the new nodes go
         with self.graph.inserting_before(marker):
-            new, (y, total) = self.op("add_rmsnorm", (a, b, w), [meta, meta], **norm.kwargs)
+            new, (y, total) = self.op("add_rmsnorm", (a, b, w), [meta, meta], eps=eps)
         self.graph.erase_node(marker)
         self.replace("add_rmsnorm", [new], [(norm, y), (s, total)])
         return True
@@ -280,6 +293,18 @@ class _Pass(AttentionRules):
         return node
 
 
+def _named(function, name):
+    """torch.fx writes code, so what it calls needs a name; an object such as functools.partial has none."""
+    if hasattr(function, "__name__"):
+        return function
+
+    def call(*arguments, **kwargs):
+        return function(*arguments, **kwargs)
+
+    call.__name__ = name
+    return call
+
+
 def fuse(module, example_inputs, *, ops, reference, verbose=True):
     """Put fused operations into a copy of module's graph; the module itself stays as it is.
 
@@ -298,15 +323,16 @@ def fuse(module, example_inputs, *, ops, reference, verbose=True):
         raise ValueError(f"example_inputs: got {type(example_inputs).__name__}, expected a tuple of arguments")
     with buffers_kept(module):
         gm, pinned = trace(module, example_inputs)
-        work = _Pass(gm, ops, pinned)
+        functions = {name: _named(getattr(ops, name), name) for name in RULES if hasattr(ops, name)}
+        work = _Pass(gm, functions, pinned)
         work.sweep("cast", work.no_op_cast)
         for rule in RULES:
-            if rule == "siblings" or hasattr(ops, rule):
+            if rule == "siblings" or rule in work.functions:
                 work.sweep(rule, getattr(work, rule))
         gm.graph.lint()
         gm.delete_all_unused_submodules()
         gm.recompile()
-        fused = {getattr(ops, name): getattr(reference, name) for name in RULES if hasattr(ops, name)}
+        fused = {function: getattr(reference, name) for name, function in work.functions.items()}
         run(Counting(gm, fused).run, example_inputs)
     gm.report = work.report
     gm.report.after = work.rows()

@@ -352,8 +352,8 @@ class Report:
 class Rewriter:
     """Edits one graph. A rule is a method rule(node) -> bool: True if it replaced something, Refused if it must not."""
 
-    def __init__(self, gm, ops, pinned):
-        self.gm, self.graph, self.ops, self.pinned = gm, gm.graph, ops, pinned
+    def __init__(self, gm, functions, pinned):
+        self.gm, self.graph, self.functions, self.pinned = gm, gm.graph, functions, pinned
         self.report = Report(self.rows())
         self.effects = {node for node in self.graph.nodes if not node.users}  # nobody reads them: they are there to act
 
@@ -397,7 +397,7 @@ class Rewriter:
 
     def op(self, name, arguments, like, **kwargs):
         """A fused operation: one launch, which reads its inputs once and writes its outputs once."""
-        node = self.call(getattr(self.ops, name), arguments, like[0] if len(like) == 1 else (None, None), **kwargs)
+        node = self.call(self.functions[name], arguments, like[0] if len(like) == 1 else (None, None), **kwargs)
         size = sum(math.prod(s) * d.itemsize for s, d in like)
         size += sum(math.prod(shape(n)) * n.meta["dtype"].itemsize for n in node.all_input_nodes)
         node.meta |= dict(launches=1, bytes=size)

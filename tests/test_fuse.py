@@ -461,10 +461,22 @@ def test_the_module_stays_as_it_is():
 
 
 def test_ops_may_lack_a_function():
-    model = llama(F32)
-    ops = SimpleNamespace(swiglu=ref.swiglu)
-    fused = fuse(model.layers[0].mlp, (normal(2, 3, WIDTH),), ops)
-    assert rules(fused) == {"swiglu": 1, "one product": 1}
+    """And be any callables. Without rmsnorm, only norms of a sum are replaced."""
+    model, calls = llama(F32), []
+
+    def counted(name, *args, **kwargs):
+        calls.append(name)
+        return getattr(ref, name)(*args, **kwargs)
+
+    names = ("add_rmsnorm", "swiglu", "rope", "softmax")
+    ops = SimpleNamespace(**{name: partial(counted, name) for name in names})
+    cos, sin = model.angles(torch.arange(LEN))
+    inputs = (normal(2, LEN, WIDTH), cos, sin, partial(causal, 0))
+    fused = fuse(model.layers[0], inputs, ops)
+    assert rules(fused) == {"add_rmsnorm": 1, "swiglu": 1, "rope": 1, "one product": 2}
+    assert calls == [], "nothing is called while fusing"
+    assert_same(fused, model.layers[0], *inputs)
+    assert sorted(calls) == ["add_rmsnorm", "rope", "swiglu"]
 
 
 def test_bias_gelu():
