@@ -254,8 +254,11 @@ def _row_mask_kernel(
         higher = bound | (1 << (30 - b))
         bound = tl.where(tl.sum((bits < higher).to(tl.int32), 0) <= removed, higher, bound)
     ties_removed = removed - tl.sum((bits < bound).to(tl.int32), 0)
-    tie = (bits == bound) & mask
-    keep = (bits > bound) | (tie & (tl.cumsum(tie.to(tl.int32), 0) > ties_removed))
+    cut = 0  # the same for the columns of those that equal it: which of them go
+    for b in range(17):
+        higher = cut | (1 << (16 - b))
+        cut = tl.where(tl.sum(((bits == bound) & (offs_k < higher)).to(tl.int32), 0) <= ties_removed, higher, cut)
+    keep = (bits > bound) | ((bits == bound) & (offs_k >= cut))
     tl.store(keep_ptr + row * stride_kn + offs_k.to(tl.int64) * stride_kk, keep, mask=mask)
 
 
@@ -266,8 +269,9 @@ MAX_M = 32  # of n of m: every weight is compared with all of its group at once
 def wanda_mask(w, x_norm, *, sparsity=None, n=None, m=None):
     """Which weights stay by |w| * x_norm: w [N, K], x_norm [K], any strides; fp16, bf16 or fp32.
 
-    sparsity: exactly floor(K * sparsity) of each row go; K up to 65,536, but above 32,768 the row no longer fits into
-    registers and spills. Or n of m neighbours are kept, m up to 32. Of equal scores the one at the lower index goes.
+    sparsity: exactly floor(K * sparsity) of each row go; K up to 65,536, but above 16,384 the row does not fit into
+    registers on every GPU and spills. Or n of m neighbours are kept, m up to 32. Of equal scores the one at the lower
+    index goes.
 
     Returns [N, K] bool, True where kept. Raises ValueError naming the argument.
     Source: Sun et al. 2024, Wanda, section 3.
@@ -286,7 +290,7 @@ def wanda_mask(w, x_norm, *, sparsity=None, n=None, m=None):
     args.expect(m <= MAX_M, "m", m, f"at most {MAX_M}")
     block_m = triton.next_power_of_2(m)
     groups = max(1, 256 // block_m)
-    _nm_mask_kernel[(triton.cdiv(rows, 4), triton.cdiv(k // m, groups))](
-        *inputs, rows, k // m, m - n, M=m, BLOCK_M=block_m, BLOCK_N=4, GROUPS=groups, num_warps=4,
+    _nm_mask_kernel[(triton.cdiv(rows, 8), triton.cdiv(k // m, groups))](
+        *inputs, rows, k // m, m - n, M=m, BLOCK_M=block_m, BLOCK_N=8, GROUPS=groups, num_warps=4,
     )  # fmt: skip
     return keep

@@ -54,14 +54,15 @@ def new_weight(w, statistic, method, *, sparsity, n, m, per, block_size, damp):
 
 @torch.no_grad()
 def prune(
-    model, method, batches=None, *, sparsity=None, n=None, m=None, per="row", block_size=128, damp=0.01, work=None,
-    progress=bar,
+    model, method, batches=None, *, sparsity=None, n=None, m=None, per="row", block_size=128, damp=0.01, statistic=None,
+    work=None, progress=bar,
 ):  # fmt: skip
     """Prune the linears of all blocks of a `labkit.model.Llama` in place, and return it. Embeddings and head stay.
 
     method: "magnitude", "wanda" or "sparsegpt". batches: calibration, a list of ids [B, T] that begin as the model's
     texts do; not needed for "magnitude". sparsity, or n of m: how much goes; per: "row" or "layer", for magnitude
-    (n:m is per row always); block_size, damp: for sparsegpt.
+    (n:m is per row always); block_size, damp: for sparsegpt. statistic: a class with `add` and `value` to try in place
+    of the one that the method collects (STATISTICS).
     work: a folder for finished blocks (safetensors, each written whole or not at all). A run that was interrupted goes
     on from there, given the same model and settings. progress(done, total, seconds) is called after each block.
 
@@ -81,7 +82,8 @@ def prune(
     options = dict(sparsity=sparsity, n=n, m=m, per=per, block_size=block_size, damp=damp)
     finished = None
     if work is not None:
-        finished = Finished(work, dict(method=method, **options, sha256=fingerprint(model, batches)))
+        kind = statistic.__name__ if statistic else None
+        finished = Finished(work, dict(method=method, **options, statistic=kind, sha256=fingerprint(model, batches)))
     device = model.embed_tokens.weight.device
     hidden = [model.embed_tokens(ids.to(device)) for ids in batches]
     begun = time.monotonic()
@@ -89,7 +91,7 @@ def prune(
         if finished and (weights := finished.read(i)) is not None:
             block.load_state_dict(weights, strict=False)
         else:
-            statistics = watch(model, block, hidden, STATISTICS[method]) if hidden else {}
+            statistics = watch(model, block, hidden, statistic or STATISTICS[method]) if hidden else {}
             for name, linear in linears(block).items():
                 try:
                     linear.weight.copy_(new_weight(linear.weight, statistics.get(name), method, **options))

@@ -15,7 +15,7 @@ from labkit.check import randn
 from labkit.llm_pruner import llm_pruner, recover
 from labkit.masks import InputNorm
 from labkit.model import TEACHER, Llama
-from labkit.prune import STATISTICS, calibration, linears, new_weight, prune, watch
+from labkit.prune import STATISTICS, calibration, linears, new_weight, prune, run, watch
 from labkit.record import Experiment
 from labkit.sparsegpt import Hessian
 
@@ -72,11 +72,11 @@ def prune_layer(w, x, pattern, name):
     return new_weight(w, statistic, **(DEFAULTS | PATTERNS[pattern] | METHODS[name]))
 
 
-def planted_table(seed=0, patterns=tuple(PATTERNS)):
-    """[{inputs, pattern, method, lost}] of planted layers."""
+def planted_table(seed=0, patterns=tuple(PATTERNS), **sizes):
+    """[{inputs, pattern, method, lost}] of planted layers; sizes: rows, columns, tokens."""
     table = []
     for inputs in INPUTS:
-        w, x = planted_layer(inputs, seed)
+        w, x = planted_layer(inputs, seed, **sizes)
         for pattern, name in cells():
             if pattern in patterns:
                 new = prune_layer(w, x, pattern, name)
@@ -130,6 +130,77 @@ def times(model, batches):
                 new_weight(linear.weight, statistics[key], **(DEFAULTS | PATTERNS["50%"] | METHODS[name]))
         found[name] = dict(forward=middle - start, weights=time.process_time() - middle)
     return found
+
+
+class InputSpread:
+    """The standard deviation of every input feature: `InputNorm` without the feature's mean. Not Wanda's."""
+
+    def __init__(self, columns, device="cpu"):
+        self.total, self.squares = torch.zeros(2, columns, device=device)
+        self.count = 0
+
+    def add(self, x):
+        x = x.flatten(0, -2).float()
+        self.total += x.sum(0)
+        self.squares += x.square().sum(0)
+        self.count += len(x)
+
+    @property
+    def value(self):
+        return (self.squares / self.count - (self.total / self.count) ** 2).clamp(min=0).sqrt()
+
+
+def norm_or_spread():
+    """{rule: bits per byte} of the teacher at 50 %, on the text of `slice_table`: what the mean of a feature does."""
+    model, text = Llama.from_pretrained(TEACHER), corpus.read("held_out", [train.SLICE])[:SLICE_TEXT]
+    found, batches = {"dense": train.bits_per_byte(model, text)}, calibration(sequences=16)
+    for name, options in (
+        ("magnitude", dict(method="magnitude")),
+        ("Wanda", dict(method="wanda")),
+        ("Wanda with the spread for the norm", dict(method="wanda", statistic=InputSpread)),
+    ):
+        pruned = prune(copy.deepcopy(model), batches=batches, sparsity=0.5, progress=None, **options)
+        found[name] = train.bits_per_byte(pruned, text)
+    return found
+
+
+def layer_losses():
+    """[(name, magnitude, Wanda)] of every linear of the dense teacher at 50 %: the share of the output that is lost."""
+    model, found = Llama.from_pretrained(TEACHER), []
+    hidden = [model.embed_tokens(ids) for ids in calibration(sequences=16)]
+    with torch.no_grad():
+        for i, block in enumerate(model.layers):
+            inputs = {name: [] for name in linears(block)}
+            hooks = [
+                linear.register_forward_pre_hook(lambda module, given, seen=inputs[name]: seen.append(given[0]))
+                for name, linear in linears(block).items()
+            ]
+            hidden = [run(model, block, x) for x in hidden]
+            for hook in hooks:
+                hook.remove()
+            for name, linear in linears(block).items():
+                w, x = linear.weight, torch.cat(inputs[name]).flatten(0, 1)
+                losses = [lost(w, prune_layer(w, x, "50%", rule), x) for rule in ("magnitude, per row", "Wanda")]
+                found.append((f"{i}.{name.split('.')[1]}", *losses))
+    return found
+
+
+# ---- published
+
+# (Llama-2 7B, 13B, 70B): WikiText2 perplexity at context 4,096, from the README of the Wanda repository.
+PUBLISHED = {
+    "dense": (5.12, 4.57, 3.12),
+    "50% magnitude": (14.89, 6.37, 4.98), "50% SparseGPT": (6.51, 5.63, 3.98), "50% Wanda": (6.42, 5.56, 3.98),
+    "4:8 magnitude": (16.48, 6.76, 5.58), "4:8 SparseGPT": (8.12, 6.60, 4.59), "4:8 Wanda": (7.97, 6.55, 4.47),
+    "2:4 magnitude": (54.59, 8.33, 6.33), "2:4 SparseGPT": (10.17, 8.32, 5.40), "2:4 Wanda": (11.02, 8.27, 5.16),
+}  # fmt: skip
+# LLaMA-7B with a fifth of its parameters removed: (WikiText2 perplexity at context 128, average of 7 tasks in %),
+# before and after LoRA tuning (None: not given). LLM-Pruner, Table 1.
+PUBLISHED_STRUCTURAL = {
+    "dense": ((12.62, 63.25), None), "L2": ((582.41, 42.65), None), "random": ((27.51, 52.69), None),
+    "vector": ((22.28, 53.25), (18.84, 57.23)), "element, second order": ((19.77, 56.82), (17.37, 60.07)),
+    "element, first order": ((19.09, 56.69), (17.58, 59.23)),
+}  # fmt: skip
 
 
 # ---- structural pruning

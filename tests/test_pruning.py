@@ -12,6 +12,8 @@ from labkit import llm_pruner as lp
 from labkit import masks, sparse24
 from labkit import prune as pr
 from labkit import pruning as ref
+from labkit import pruning_players as players
+from labkit import pruning_study as study
 from labkit.check import BF16, F16, F32, assert_matches, randn
 from labkit.model import Config, Llama
 
@@ -27,7 +29,8 @@ PLANTED_BUGS = [
     ("kernels/pruning.py", "tl.store(arrived_ptr + tile, 0)", "tl.store(arrived_ptr + tile, 1)"),
     ("kernels/pruning.py", "((other == mine) & (j < i)[None, None, :, :])", "((other == mine) & (j > i)[None, None, :, :])"),
     ("kernels/pruning.py", "score = tl.where(mask_k[None, :], score, float(\"inf\"))", "score = score"),
-    ("kernels/pruning.py", "> ties_removed))", ">= ties_removed))"),
+    ("kernels/pruning.py", "<= ties_removed, higher, cut", "< ties_removed, higher, cut"),
+    ("kernels/pruning.py", "(offs_k >= cut)", "(offs_k > cut)"),
     ("kernels/pruning.py", "for b in range(31):", "for b in range(30):"),
     ("kernels/pruning.py", "bits = tl.where(mask, bits, 0x7FFFFFFF)", "bits = tl.where(mask, bits, 0)"),
     ("labkit/masks.py", "score.argsort(dim=-1, stable=True)", "score.argsort(dim=-1, descending=True, stable=True)"),
@@ -613,3 +616,81 @@ def test_recovery_starts_from_the_pruned_model_and_ends_dense():
     assert abs(lp.loss_of(tuned, rows).item() - losses[-1]) < 0.2
     with pytest.raises(ValueError, match=r"^rows"):
         ref.recover(model, rows[0], steps=1)
+
+
+# ---- the study and the players
+
+
+def test_planted_layers_show_what_the_methods_are_for():
+    """White inputs tell nothing apart; correlated ones are SparseGPT's, unequal sizes are Wanda's; 50 % < 4:8 < 2:4."""
+    table = study.planted_table(patterns=("50%", "4:8", "2:4"), rows=96, columns=256, tokens=1024)
+    lost = {(r["inputs"], r["pattern"], r["method"]): r["lost"] for r in table}
+    row, wanda, sgpt = "magnitude, per row", "Wanda", "SparseGPT"
+    for inputs in study.INPUTS:
+        for method in (row, wanda, sgpt):
+            assert lost[inputs, "50%", method] < lost[inputs, "4:8", method] < lost[inputs, "2:4", method]
+    assert abs(lost["white", "50%", wanda] / lost["white", "50%", row] - 1) < 0.01
+    assert lost["correlated", "50%", sgpt] < 0.4 * lost["correlated", "50%", wanda]
+    assert lost["outliers", "50%", row] > 1.15 * lost["white", "50%", row]
+    assert lost["outliers", "50%", wanda] == pytest.approx(lost["white", "50%", wanda], rel=1e-4)  # the function is the same
+
+
+def test_planted_outliers_change_no_output():
+    model, ids = small_model(), small_batches()[0]
+    before, weight = model(ids), model.layers[0].mlp.up_proj.weight.clone()
+    study.plant_outliers(model, count=3)
+    torch.testing.assert_close(model(ids), before, atol=1e-4, rtol=1e-4)
+    assert (weight / model.layers[0].mlp.up_proj.weight).abs().amax(0).gt(40).sum() == 3
+
+
+def test_sweep_player_shows_a_run():
+    w, seen = players.sweep()
+    assert len(seen) == w.shape[1] == 8
+    for j, (now, keep, _) in enumerate(seen):
+        assert torch.equal(now[:, : j + 1] == 0, ~keep[:, : j + 1])
+        before = seen[j - 1][0] if j else w
+        assert torch.equal(now[:, :j], before[:, :j])  # nothing to the left moves
+        moved = (now[:, j + 1 :] != before[:, j + 1 :]).any(1)
+        assert not (moved & keep[:, j]).any()  # only rows that lost a weight
+    x = players.small_layer()[1]
+    hessian = ref.Hessian(8)
+    hessian.add(x)
+    assert torch.equal(seen[-1][0], ref.sparsegpt(w, hessian.value, sparsity=0.5)[0])
+    assert "column" in players.sweep_player().html.lower()
+
+
+def test_wanda_player_tells_the_rules_apart():
+    text = {rule: players.wanda_player(norms=(1, 16)).html.count(rule) for rule in players.RULES}
+    assert all(text.values())
+    w, norm = players.small_layer(4, 8, seed=1)[0], torch.ones(8)
+    norm[2] = 16
+    kept = {rule: players.choose(w, norm, rule) for rule in players.RULES}
+    assert kept["Wanda"][:, 2].all()
+    assert not kept["magnitude, per row"][:, 2].all()
+    assert (kept["magnitude, per row"].sum(1) == 4).all()
+    assert kept["magnitude, per layer"].sum() == 16
+
+
+def test_pack_player_ends_with_the_kernels_row(device):
+    shown = players.pack_player(kp.matmul_24, device)
+    assert "10011100" not in shown.text  # the frame in print is the last
+    kept = {"0.90", "-1.20", "1.50", "-0.70"}
+    assert all(x in shown.html for x in kept)
+    broken = players.pack_player(lambda x, values, meta: kp.matmul_24(x, values, meta) * 0, device)
+    assert broken.html != shown.html
+
+
+def test_live_cells(device):
+    words = players.try_pattern(kp.wanda_mask, 0.5, 10, device)
+    lost = [float(word.rstrip("%")) for word in words.split() if word.endswith("%") and word != "50%"]
+    assert lost[0] > 2 * lost[1]
+    assert players.factor_error(64, 8, 0.0).startswith("refused: hessian")
+    assert players.factor_error(64, 8, 0.01).startswith("smallest U_jj")
+
+
+def test_bytes_of_the_cases():
+    assert ref.sparse_bytes(4096, 4096) == 0.5625 * 2 * 4096 * 4096
+    case = {case.name: case for case in ref.cases()}["2:4 O M=1"]
+    inputs = {case.name: case for case in ref.cases(tiny=True)}["2:4 O M=1"].make(torch.Generator().manual_seed(0), "cpu")
+    assert inputs["values"].nbytes + inputs["meta"].nbytes == ref.sparse_bytes(32, 128)
+    assert case.bytes == ref.sparse_bytes(4096, 4096) + 2 * 2 * 4096
