@@ -557,7 +557,6 @@ PLANTED_BUGS = [
     ("kernels/streaming_llm.py", "cast(b * cos + a * sin, dtype)", "cast(b * cos - a * sin, dtype)"),
     ("kernels/streaming_llm.py", "last = tl.maximum(held - 1, 0)", "last = held"),
     ("kernels/streaming_llm.py", "held = tl.minimum(seen, num_sinks + window)", "held = seen"),
-    ("kernels/streaming_llm.py", "seen = tl.maximum(tl.load(seen_ptr + pid_b), 0)", "seen = tl.load(seen_ptr + pid_b)"),
     ("kernels/streaming_llm.py", "k_cos = cos_ptr + position[:, None]", "k_cos = cos_ptr + slot"),
     ("kernels/streaming_llm.py", "pid_h // TILES * stride_vh", "pid_h * stride_vh"),
     ("kernels/streaming_llm.py", "mask_n = position < end", "mask_n = position < end + 1"),
