@@ -1,7 +1,8 @@
 """Shared KV heads: the kernels and the bytes they load, the sizes of real models, and converting one model to another."""
 
 import copy
-from dataclasses import replace
+import hashlib
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -427,6 +428,19 @@ def test_study(small_study):
 def test_the_share_of_steps_is_the_papers():
     assert conversion.UPTRAINING.steps / train.Recipe.steps == pytest.approx(0.05, abs=0.001)
     assert conversion.UPTRAINING.steps % conversion.POINTS == 0
+
+
+def test_the_record_is_of_this_study():
+    """The committed record: every run, from the committed teacher, with this recipe; later points of a curve are lower."""
+    recorded = record.experiment("gqa")
+    study = recorded.samples[0]
+    assert recorded.weights_sha256 == hashlib.sha256((TEACHER / "model.safetensors").read_bytes()).hexdigest()
+    assert study["recipe"] == asdict(conversion.UPTRAINING)
+    assert [(run["heads"], run["how"]) for run in study["runs"]] == list(conversion.RUNS)
+    for run in study["runs"]:
+        steps, _, bits, _ = zip(*run["curve"])
+        assert steps == tuple(range(0, 73, 12))
+        assert run["heads"] == 8 or bits[0] > bits[1] > bits[-1]
 
 
 # fmt: off
