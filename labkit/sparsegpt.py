@@ -27,16 +27,18 @@ class Hessian:
         self.value += x.t() @ x
 
 
-def inverse_factor(hessian, damp):
-    """U [K, K], upper triangular, U^T U the inverse of H + damp * mean(diag H) * I. hessian is left as it is.
+def inverse_factor(hessian, damp, overwrite=False):
+    """U [K, K], upper triangular, U^T U the inverse of H + damp * mean(diag H) * I.
 
-    A feature that was never seen gets a 1 on the diagonal first. Raises ValueError where H is not positive definite.
+    A feature that was never seen gets a 1 on the diagonal first. overwrite: U takes the place of hessian, which is
+    otherwise left as it is. Raises ValueError where H is not positive definite.
     """
-    h = hessian.clone()
+    h = hessian if overwrite else hessian.clone()
+    h = h.t()  # the same matrix in LAPACK's layout: it works in place, nothing is copied
     diagonal = h.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += damp * diagonal.mean()
-    args.expect(bool(h.isfinite().all()), "hessian", "values that are not finite", "a finite matrix")
+    args.expect(bool(diagonal.isfinite().all()), "hessian", "values that are not finite", "a finite matrix")
     for upper in (False, True):
         info = torch.linalg.cholesky_ex(h, upper=upper, out=(h, torch.empty((), dtype=torch.int32, device=h.device)))[1]
         what = f"a matrix that is not positive definite (Cholesky stops at row {int(info)} of {len(h)})"
@@ -46,32 +48,14 @@ def inverse_factor(hessian, damp):
     return h
 
 
-def sparsegpt(w, hessian, *, sparsity=None, n=None, m=None, block_size=128, damp=0.01, observe=None):
-    """Prune w [N, K] and adjust the weights that stay. hessian [K, K]: `Hessian.value` of the layer's inputs.
+def sweep(wt, u, *, sparsity, n, m, block_size, observe):
+    """Remove and make up, column by column: wt [K, N], the weight transposed, is changed in place. Returns keep [K, N].
 
-    sparsity: the share of every block of `block_size` columns that is removed, by one threshold for all its rows; as
-    in the official code all scores <= the threshold go, floor(count * sparsity) + 1 weights. Or n of m neighbours of a
-    row, chosen when their turn comes. Columns that were never seen (zeros in H) become 0. damp: share of the mean
-    diagonal that is added to it. Neither argument is changed; computed in fp32 (fp64 for fp64 weights).
-    observe(column, weights [K, N], keep [K, N], errors [N]): called after every column, for those who want to watch.
-
-    Returns (w_new [N, K] in w.dtype, mask [N, K] bool, True where kept). Raises ValueError naming the argument, also
-    where the Hessian is not positive definite. Source: the paper's Algorithm 1, with the official code's details.
+    u [K, K] from `inverse_factor`; the rest as in `sparsegpt`.
     """
-    args.tensor("w", w, ("n", "k"), dtypes=args.REFERENCE_FLOATS)
-    rows, columns = w.shape
-    dtype = torch.promote_types(w.dtype, torch.float32)
-    args.tensor("hessian", hessian, (columns, columns), like=w, dtypes=(torch.float32, torch.float64))
-    args.sparsity_pattern(sparsity, n, m, columns, below_one=True)
-    ok = isinstance(block_size, int) and block_size >= 1 and (m is None or block_size % m == 0)
-    args.expect(ok, "block_size", block_size, "an int >= 1" + (f", a multiple of m = {m}" if m else ""))
-    args.expect(damp >= 0, "damp", damp, "a number >= 0")
-    u = inverse_factor(hessian.to(dtype), damp)
-    wt = w.to(dtype).t().contiguous()  # a column of w is a row here: contiguous
-    wt[hessian.diagonal() == 0] = 0
     mask = torch.ones_like(wt, dtype=torch.bool)
-    update = torch.empty(block_size, rows, dtype=dtype, device=w.device)
-    for start in range(0, columns, block_size):
+    update = torch.empty_like(wt[:block_size])
+    for start in range(0, len(wt), block_size):
         block, keep = wt[start : start + block_size], mask[start : start + block_size]
         stop = start + len(block)
         u_block = u[start:stop, start:stop]
@@ -92,5 +76,35 @@ def sparsegpt(w, hessian, *, sparsity=None, n=None, m=None, block_size=128, damp
                 observe(start + j, wt, mask, errors[j])
         # Columns beyond the block get all its corrections at once: one matrix product instead of many updates.
         wt[stop:].addmm_(u[start:stop, stop:].t(), errors, alpha=-1)
-    del u
-    return wt.t().to(w.dtype).contiguous(), mask.t().contiguous()
+    return mask
+
+
+def sparsegpt(
+    w, hessian, *, sparsity=None, n=None, m=None, block_size=128, damp=0.01, overwrite=False, observe=None
+):  # fmt: skip
+    """Prune w [N, K] and adjust the weights that stay. hessian [K, K]: `Hessian.value` of the layer's inputs.
+
+    sparsity: the share of every block of `block_size` columns that is removed, by one threshold for all its rows; as
+    in the official code all scores <= the threshold go, floor(count * sparsity) + 1 weights. Or n of m neighbours of a
+    row, chosen when their turn comes. Columns that were never seen (zeros in H) become 0. damp: share of the mean
+    diagonal that is added to it. overwrite: hessian may be used as workspace, else neither argument is changed.
+    Computed in fp32 (fp64 for fp64 weights).
+    observe(column, weights [K, N], keep [K, N], errors [N]): called after every column, for those who want to watch.
+
+    Returns (w_new [N, K] in w.dtype, mask [N, K] bool, True where kept). Raises ValueError naming the argument, also
+    where the Hessian is not positive definite. Source: the paper's Algorithm 1, with the official code's details.
+    """
+    args.tensor("w", w, ("n", "k"), dtypes=args.REFERENCE_FLOATS)
+    columns, dtype = w.shape[1], torch.promote_types(w.dtype, torch.float32)
+    args.tensor("hessian", hessian, (columns, columns), like=w, dtypes=(torch.float32, torch.float64))
+    args.sparsity_pattern(sparsity, n, m, columns, below_one=True)
+    ok = isinstance(block_size, int) and block_size >= 1 and (m is None or block_size % m == 0)
+    args.expect(ok, "block_size", block_size, "an int >= 1" + (f", a multiple of m = {m}" if m else ""))
+    args.expect(damp >= 0, "damp", damp, "a number >= 0")
+    unseen = hessian.diagonal() == 0
+    u = inverse_factor(hessian.to(dtype), damp, overwrite)
+    wt = w.to(dtype).t().contiguous()  # a column of w is a row here: contiguous
+    wt[unseen] = 0
+    mask = sweep(wt, u, sparsity=sparsity, n=n, m=m, block_size=block_size, observe=observe)
+    del u  # before the results are copied
+    return wt.t().to(w.dtype, memory_format=torch.contiguous_format), mask.t().contiguous()

@@ -42,10 +42,10 @@ PLANTED_BUGS = [
     ("labkit/sparsegpt.py", "score > score.flatten()", "score >= score.flatten()"),
     ("labkit/sparsegpt.py", "diagonal += damp * diagonal.mean()", "diagonal += damp"),
     ("labkit/sparsegpt.py", "diagonal[diagonal == 0] = 1", "pass"),
-    ("labkit/sparsegpt.py", "wt[hessian.diagonal() == 0] = 0", "pass"),
+    ("labkit/sparsegpt.py", "wt[unseen] = 0", "pass"),
     ("labkit/sparsegpt.py", "batch = 1 if x.dim() == 2 else len(x)", "batch = x.shape[-2] if x.dim() == 2 else len(x)"),
     ("labkit/sparsegpt.py", "block**2 / scale**2", "block**2 / scale"),
-    ("labkit/sparsegpt.py", "h = hessian.clone()", "h = hessian"),
+    ("labkit/sparsegpt.py", "h = hessian if overwrite else hessian.clone()", "h = hessian"),
     ("labkit/sparsegpt.py", "u[start:stop, stop:].t(), errors, alpha=-1", "u[start:stop, stop:].t(), errors, alpha=-2"),
     ("labkit/llm_pruner.py", "range(1, count - 1)", "range(count)"),
     ("labkit/llm_pruner.py", "argsort(descending=True, stable=True)", "argsort(stable=True)"),
@@ -306,6 +306,7 @@ def test_sparsegpt_is_its_definition(options):
     assert (new[~mask] == 0).all()
     assert torch.equal(w, before[0])
     assert torch.equal(h, before[1])
+    assert torch.equal(ref.sparsegpt(w, h.clone(), overwrite=True, **options)[0], new)
     if "sparsity" in options:
         blocks = [6 * len(c) for c in torch.arange(40).split(options.get("block_size", 128))]
         assert (~mask).sum() == sum(math.floor(b * options["sparsity"]) + 1 for b in blocks)
