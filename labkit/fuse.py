@@ -33,7 +33,6 @@ from labkit.fx_graph import (
     shape,
     signature,
     trace,
-    writes,
 )
 
 RULES = ("rmsnorm", "add_rmsnorm", "swiglu", "bias_gelu", "attention", "rope", "siblings")
@@ -203,7 +202,7 @@ class _Pass(AttentionRules):
             return False
         gate = None
         if len(nodes) == 2:
-            act = next((n for n in nodes if name_of(n) == "silu" and not writes(n)), None)
+            act = next((n for n in nodes if name_of(n) == "silu"), None)
             if act is not None:
                 gate, up = self.strip(arg(act, 0, "input"), inside), nodes[1 - nodes.index(act)]
         elif len(nodes) == 3:

@@ -41,7 +41,6 @@ PLANTED_BUGS = [
     ("labkit/fuse.py", "shape(w) != shape(x)[-1:] or w.meta", "w.meta"),
     ("labkit/fuse.py", ' or w.meta["dtype"] != x.meta["dtype"]:', ":"),
     ("labkit/fuse.py", "        if not same:\n", "        if False:\n"),
-    ("labkit/fuse.py", 'name_of(n) == "silu" and not writes(n)', 'name_of(n) == "silu"'),
     ("labkit/fuse.py", "torch.cat(values)", "torch.cat(values[::-1])"),
     ("labkit/fuse.py", "some.new_zeros", "some.new_ones"),
     ("labkit/fuse.py", 'user.target = "reshape"', "pass"),
@@ -179,6 +178,7 @@ NORMS = {
     "in fp32, cast after the weight": lambda m, x, _: (m.w.float() * x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS)).type_as(x),
     "F.rms_norm": lambda m, x, _: F.rms_norm(x, (WIDTH,), m.w, EPS),
     "scaled afterwards": lambda m, x, _: 3.0 * (m.w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS))),
+    "of a product": lambda m, x, _: (lambda h: m.w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)))(x * x),
     "1 + w": lambda m, x, _: (1.0 + m.w) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)),
 }  # fmt: skip
 
@@ -341,7 +341,8 @@ def test_weights_of_another_dtype():
 
 def turned(x, cos, sin, sign):
     a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin if sign > 0 else b * cos - a * sin), -1)
+    second = {1: lambda: b * cos + a * sin, -1: lambda: b * cos - a * sin, 0: lambda: b * sin + a * cos}
+    return torch.cat((a * cos - b * sin, second[sign]()), -1)
 
 
 def turned_whole(x, cos, sin, sign):
@@ -367,7 +368,7 @@ def test_rotations(spelling):
 
     # spelled with whole angles, these are made after the head axis: no rule knows where the heads are
     assert run(1, True) == (spelling is turned)
-    assert run(-1, True) == run(1, False) == 0
+    assert run(-1, True) == run(0, True) == run(1, False) == 0
 
 
 def test_stacked_layers_with_and_without_bias():

@@ -286,7 +286,7 @@ def test_bad_input_is_named(device):
             (ops.add_rmsnorm, (x, x.half(), w), "residual"), (ops.swiglu, (x, x[:, :4]), "up"), (ops.swiglu, (x, x.to("meta")), "up"),
             (ops.softmax, (x.sum(),), "x"), (ops.softmax, ([1.0],), "x"), (ops.bias_gelu, (x, w.half()), "bias"),
             (ops.rope, (q[..., :7], q, a, a), "q"), (ops.rope, (q, q[..., :4], a, a), "k"), (ops.rope, (q, q, a[:2], a), "cos"),
-            (ops.rope, (q, q, a, a[None, :, :2]), "sin"), (ops.rope_write_kv, (qkv, w, a, a, pages, pages, slots), "bias"),
+            (ops.rope, (q, q, a[:, :3], a[:, :3]), "cos"), (ops.rope, (q, q, a, a[None, :, :2]), "sin"), (ops.rope_write_kv, (qkv, w, a, a, pages, pages, slots), "bias"),
             (ops.rope_write_kv, (qkv[:, :15], None, a, a, pages, pages, slots), "qkv"),
             (ops.rope_write_kv, (qkv, None, a, a, pages, pages, slots + 8), "slots"),
             (ops.gate_up_swiglu, (x, torch.zeros(3, 8, device=device), torch.zeros(2, 8, device=device)), "up_weight"),
