@@ -12,7 +12,7 @@ import torch
 
 from labkit import corpus, train
 from labkit.check import randn
-from labkit.llm_pruner import llm_pruner, recover
+from labkit.llm_pruner import groups, llm_pruner, recover
 from labkit.masks import InputNorm
 from labkit.model import TEACHER, Llama
 from labkit.prune import STATISTICS, calibration, linears, new_weight, prune, run, watch
@@ -229,6 +229,37 @@ def structural_table(model, text, seed=0):
                 table.append(row)
                 print(f"{order} {ratio}: {row['before']:.4f}, recovered {row['after']}", flush=True)
     return table
+
+
+def plant_scales(model, spread=16.0, seed=0):
+    """Make every MLP channel and every head up to `spread` times as large or small, and undo it where it is read.
+
+    In place. The model computes what it did before, and w * gradient of every weight is what it was; w^2 is not.
+    """
+    rng = np.random.default_rng(seed)
+    for block in model.layers:
+        for members in groups(block).values():
+            (writer, _, size), (reader, _, read_size) = members[-2:]  # up and down, v and o
+            factor = torch.from_numpy(spread ** rng.uniform(-1, 1, writer.weight.shape[0] // size)).float()
+            writer.weight.data *= factor.repeat_interleave(size)[:, None]
+            if writer.bias is not None:
+                writer.bias.data *= factor.repeat_interleave(size)
+            reader.weight.data /= factor.repeat_interleave(read_size)
+    return model
+
+
+def scales_and_orders():
+    """{order: bits per byte of the pruned teacher, without and with planted scales}: half of the groups removed.
+
+    On the text of `slice_table`.
+    """
+    model, text = Llama.from_pretrained(TEACHER), corpus.read("held_out", [train.SLICE])[:SLICE_TEXT]
+    batches, found = calibration(sequences=16, length=128), {}
+    planted = plant_scales(copy.deepcopy(model))
+    for order in ("l2", "first"):
+        pruned = [llm_pruner(one, batches, ratio=0.5, order=order) for one in (model, planted)]
+        found[order] = tuple(train.bits_per_byte(one, text) for one in pruned)
+    return found
 
 
 # ---- the record

@@ -644,6 +644,15 @@ def test_planted_outliers_change_no_output():
     assert (weight / model.layers[0].mlp.up_proj.weight).abs().amax(0).gt(40).sum() == 3
 
 
+def test_planted_scales_fool_l2_and_no_taylor_order():
+    model, ids = small_model(2, layers=3, bias=True), small_batches()[0]
+    planted = study.plant_scales(small_model(2, layers=3, bias=True))
+    torch.testing.assert_close(planted(ids), model(ids), atol=1e-4, rtol=1e-4)
+    for order, fooled in (("first", False), ("second", False), ("l2", True)):
+        a, b = (ref.llm_pruner(one, small_batches(), ratio=0.5, order=order)(ids) for one in (model, planted))
+        assert torch.allclose(a, b, atol=1e-3) is not fooled, order
+
+
 def test_sweep_player_shows_a_run():
     w, seen = players.sweep()
     assert len(seen) == w.shape[1] == 8
