@@ -60,9 +60,9 @@ def tensors(device, dtype, *shapes, strided=False, scale=1.0):
 
 # rows, width, dtype, strided: around the blocks' edges, one element, nothing at all, and wider than a tile
 ROWS = (
-    ((3, 127), BF16, False), ((2, 2, 128), F16, False), ((5, 129), F32, True), ((1, 1), BF16, False),
-    ((4, 80), BF16, True), ((0, 16), F32, False), ((3, 0), F32, False), ((7,), F16, False), ((9, 33), F16, True),
-    ((2, 4097), BF16, False), ((2, 17_001), BF16, False),
+    ((3, 127), BF16, False), ((2, 2, 128), F16, False), ((5, 129), F32, True), ((1,), BF16, False),
+    ((0, 16), F32, False), ((3, 0), F32, False), ((9, 33), BF16, True), ((2, 4097), F16, False),
+    ((2, 17_001), BF16, False),
 )  # fmt: skip
 rows = pytest.mark.parametrize("shape, dtype, strided", ROWS, ids=str)
 
@@ -77,13 +77,13 @@ def test_add_rmsnorm(shape, dtype, strided, device):
         assert torch.equal(got[0], fusion.rmsnorm(got[1], w)), "y is the norm of the residual that is returned"
 
 
-@pytest.mark.parametrize("shape, dtype, strided", ROWS[1:6], ids=str)
+@pytest.mark.parametrize("shape, dtype, strided", ROWS[1:3], ids=str)
 def test_rmsnorm(shape, dtype, strided, device):
     x, w = tensors(device, dtype, shape, shape[-1:], strided=strided)
     assert_matches(fusion.rmsnorm(x, w, eps=1e-5), ref.rmsnorm, x, w, eps=1e-5)
 
 
-@rows
+@pytest.mark.parametrize("shape, dtype, strided", ROWS[::2] + ROWS[5:6], ids=str)
 def test_softmax(shape, dtype, strided, device):
     (x,) = tensors(device, dtype, shape, strided=strided, scale=4.0)
     if x.numel() > 3:
@@ -142,8 +142,8 @@ def gradients(function, count):
 
 
 GRADIENT_ROWS = (
-    ((3, 127), BF16, False), ((5, 130), F32, True), ((2, 3, 64), F16, False), ((9, 8), F32, False),
-    ((5, 8200), F32, False), ((0, 4), F32, False),
+    ((3, 127), BF16, False), ((5, 130), F32, True), ((9, 2, 8), F16, False), ((5, 8200), F32, False),
+    ((0, 4), F32, False),
 )  # fmt: skip
 gradient_rows = pytest.mark.parametrize("shape, dtype, strided", GRADIENT_ROWS, ids=str)
 
@@ -154,13 +154,13 @@ def test_add_rmsnorm_gradient(shape, dtype, strided, device):
     assert_matches(gradients(fusion.add_rmsnorm, 3)(*inputs), gradients(ref.add_rmsnorm, 3), *inputs)
 
 
-@pytest.mark.parametrize("shape, dtype, strided", GRADIENT_ROWS[1:4], ids=str)
+@pytest.mark.parametrize("shape, dtype, strided", GRADIENT_ROWS[1:2], ids=str)
 def test_rmsnorm_gradient(shape, dtype, strided, device):
     inputs = tensors(device, dtype, shape, shape[-1:], shape, strided=strided)
     assert_matches(gradients(fusion.rmsnorm, 2)(*inputs), gradients(ref.rmsnorm, 2), *inputs)
 
 
-@pytest.mark.parametrize("shape, dtype, strided", GRADIENT_ROWS[:3] + GRADIENT_ROWS[5:], ids=str)
+@pytest.mark.parametrize("shape, dtype, strided", GRADIENT_ROWS[1:3] + GRADIENT_ROWS[4:], ids=str)
 def test_swiglu_gradient(shape, dtype, strided, device):
     inputs = tensors(device, dtype, shape, shape, shape, strided=strided)
     assert_matches(gradients(fusion.swiglu, 2)(*inputs), gradients(ref.swiglu, 2), *inputs)
@@ -191,8 +191,7 @@ def test_a_missing_gradient_is_an_error(device):
 # lead, length, q heads, kv heads, head_dim, dtype of q and k, of cos and sin, angles for each batch element, strided
 ROPE = (
     ((2,), 3, 4, 2, 64, BF16, F32, False, False), ((), 5, 3, 1, 20, F32, F32, False, False), ((1, 2), 2, 2, 2, 6, F16, F16, True, False),
-    ((2,), 3, 6, 2, 80, F16, F32, True, True), ((3,), 1, 70, 33, 128, BF16, BF16, False, False), ((0,), 4, 2, 1, 8, F32, F32, False, False),
-    ((2,), 2, 2, 0, 8, F32, F32, False, False),
+    ((2,), 3, 6, 2, 80, BF16, F32, True, True), ((3,), 1, 70, 33, 128, BF16, BF16, False, False), ((0,), 4, 2, 1, 8, F32, F32, False, False),
 )  # fmt: skip
 
 
