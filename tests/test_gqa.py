@@ -22,7 +22,11 @@ from labkit.model import TEACHER, Config, Llama
 # ---- kernels
 
 
-@pytest.mark.parametrize("case", DECODE_CASES, ids=lambda c: c.name)
+# A program a query head: groups of 48 and 64 would be hundreds of programs in the interpreter.
+SMALL_GROUPS = [c for c in DECODE_CASES if c.name not in ("group 48 of wide heads", "group 64")]
+
+
+@pytest.mark.parametrize("case", SMALL_GROUPS, ids=lambda c: c.name)
 def test_expanded(case, device, monkeypatch):
     nan_in_fresh_memory(monkeypatch)
     q, k, v, kv_lens = case.tensors(device)
@@ -34,6 +38,7 @@ SOME_HEADS = [
     ("group 8, four programs", DecodeCase("", (129, 0, 40), 8, 1, 64, torch.bfloat16), 2),
     ("group 8, two programs", DecodeCase("", (129,), 16, 2, 80, torch.float16, num_splits=2), 4),
     ("group 6, two programs", DecodeCase("", (70, 5), 12, 2, 128, torch.float32, num_splits=1), 3),
+    ("group 64, two programs", DecodeCase("", (131,), 64, 1, 64, torch.float16, num_splits=2), 32),
     ("group 6, all of it", DecodeCase("", (70, 65), 12, 2, 64, torch.bfloat16, strided=True), 6),
 ]
 
