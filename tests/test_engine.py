@@ -655,6 +655,5 @@ PLANTED_BUGS = [
     ("labkit/scheduler.py", "        self._last = Batch()\n        self.pool.forget_prefixes()", "        self._last = Batch()"),
     ("labkit/scheduler.py", "next(self._numbers))", "len(self._runs))"),
     ("labkit/scheduler.py", "            self.finished.remove(id)\n        del self._runs[id]", "            pass\n        del self._runs[id]"),
-    ("labkit/engine_study.py", "ids.shape[1]] - pads).clamp(min=0)", "ids.shape[1]] - 0 * pads).clamp(min=0)"),
     ("labkit/engine_study.py", "((keys[:end] >= pads)[:, None] & (keys[:end] <= at))", "(0 * pads[:, None] <= (keys[:end] <= at))"),
 ]
