@@ -89,10 +89,14 @@ def choose(w, x_norm, rule, sparsity=0.5):
     return magnitude_mask(w, sparsity, per=rule.rsplit(" ", 1)[1])
 
 
+def uneven_rows():
+    """w [4, 8]; its first row is small, its last one large: per layer and per row differ."""
+    return small_layer(4, 8, seed=1)[0] * torch.tensor([0.1, 1.0, 1.0, 2.0])[:, None]
+
+
 def wanda_player(norms=(1, 2, 4, 8, 16), feature=2):
     """Whom Wanda keeps in each row as one input feature grows, against magnitude, which does not look."""
-    w, _ = small_layer(4, 8, seed=1)
-    w = w * torch.tensor([0.4, 1.0, 1.0, 2.0])[:, None]  # rows of different size: per layer and per row differ
+    w = uneven_rows()
 
     def frame(rule, norm):
         x_norm = torch.ones(w.shape[1])

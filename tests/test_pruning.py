@@ -159,6 +159,15 @@ def test_wanda_mask_kernel(case, device, monkeypatch):
     assert torch.equal(got, want)
 
 
+def test_wanda_mask_tells_the_last_bit(device):
+    """1 and the next number above it, and a threshold among the latter."""
+    w = torch.ones(2, 64, device=device)
+    w[:, ::2] = torch.nextafter(w[:, ::2], 2 * w[:, ::2])
+    keep = kp.wanda_mask(w, torch.ones(64, device=device), sparsity=0.75)
+    assert torch.equal(keep, ref.wanda_mask(w, torch.ones(64, device=device), sparsity=0.75))
+    assert (keep.sum(1) == 16).all()
+
+
 @pytest.mark.parametrize("function", [kp.wanda_mask, ref.wanda_mask])
 def test_bad_patterns_are_named(function, device):
     w, x_norm = torch.zeros(2, 12, device=device), torch.zeros(12, device=device)
@@ -672,13 +681,14 @@ def test_sweep_player_shows_a_run():
 def test_wanda_player_tells_the_rules_apart():
     text = {rule: players.wanda_player(norms=(1, 16)).html.count(rule) for rule in players.RULES}
     assert all(text.values())
-    w, norm = players.small_layer(4, 8, seed=1)[0], torch.ones(8)
+    w, norm = players.uneven_rows(), torch.ones(8)
     norm[2] = 16
     kept = {rule: players.choose(w, norm, rule) for rule in players.RULES}
     assert kept["Wanda"][:, 2].all()
     assert not kept["magnitude, per row"][:, 2].all()
     assert (kept["magnitude, per row"].sum(1) == 4).all()
     assert kept["magnitude, per layer"].sum() == 16
+    assert not kept["magnitude, per layer"][0].any()
 
 
 def test_pack_player_ends_with_the_kernels_row(device):
