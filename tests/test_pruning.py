@@ -653,6 +653,15 @@ def test_planted_outliers_change_no_output():
     assert (weight / model.layers[0].mlp.up_proj.weight).abs().amax(0).gt(40).sum() == 3
 
 
+def test_spread_is_the_norm_without_the_mean():
+    x, spread = tensor(5, 30, 4) + torch.arange(4.0), study.InputSpread(4)
+    for part in x.split((2, 3)):
+        spread.add(part)
+    torch.testing.assert_close(spread.value, x.flatten(0, 1).std(0, correction=0))
+    dense, pruned = small_model(), ref.prune(small_model(), "wanda", small_batches(), sparsity=0.5, statistic=study.InputSpread, **QUIET)
+    assert not torch.equal(pruned.layers[1].mlp.up_proj.weight, ref.prune(dense, "wanda", small_batches(), sparsity=0.5, **QUIET).layers[1].mlp.up_proj.weight)
+
+
 def test_planted_scales_fool_l2_and_no_taylor_order():
     model, ids = small_model(2, layers=3, bias=True), small_batches()[0]
     planted = study.plant_scales(small_model(2, layers=3, bias=True))
