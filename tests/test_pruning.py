@@ -561,6 +561,10 @@ def test_llm_pruner_removes_the_least_important_groups(order, kv_heads):
     ratio = 0.5 if kv_heads == 2 else 0.25
     batches = [*small_batches(), torch.arange(14).view(2, 7)]  # of different lengths
     scores = importances_by_hand(model, batches, order)
+    gradient, square = lp.gradients(model, batches, squares=True)
+    for i, block in enumerate(model.layers):
+        for family, members in lp.groups(block).items():
+            torch.testing.assert_close(lp.importance(members, order, gradient, square), scores[i, family], rtol=1e-3, atol=1e-6)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     pruned = ref.llm_pruner(model, batches, ratio=ratio, order=order)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
