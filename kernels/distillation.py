@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from kernels._tile import LN2, LOG2E, cast
 from labkit import args
 
-MAX_BLOCK = 4096  # logits of a row that a program holds at a time
+EACH = 16  # logits of a row that a thread holds: two loads of 16 bytes in bf16
 FORWARD, REVERSE, JSD = (tl.constexpr(i) for i in range(3))
 KINDS = {"forward_kl": FORWARD.value, "reverse_kl": REVERSE.value, "jsd": JSD.value}
 
@@ -178,9 +178,9 @@ def _backward_kernel(
 
 
 def distillation_config(vocab: int) -> dict:
-    """Logits a program holds, and its warps: 16 of each tensor a thread, as two loads of 16 bytes in bf16."""
-    block = min(MAX_BLOCK, max(128, triton.next_power_of_2(vocab)))
-    return {"BLOCK_V": block, "num_warps": max(1, block // 512)}
+    """Logits that a program holds, and its warps: 4,096 and 8, or fewer of both where the vocabulary is small."""
+    block = min(256 * EACH, max(128, triton.next_power_of_2(vocab)))
+    return {"BLOCK_V": block, "num_warps": max(1, block // (32 * EACH))}
 
 
 def _as_rows(x):
@@ -199,6 +199,8 @@ class _Loss:
         self.z, self.t = _as_rows(z.detach()), _as_rows(t.detach())
         self.labels = None if labels is None else labels.reshape(-1)
         self.numbers = float(ce_weight), float(beta)
+        # pieces of the row under way; in fp32 they are twice as large, and one less keeps clear of spilling
+        self.stages = 3 if max(z.element_size(), t.element_size()) == 2 else 2
         self.config = distillation_config(self.vocab) | {
             "KIND": KINDS[kind], "HAS_LABELS": labels is not None, "HAS_CE": ce_weight > 0
         }  # fmt: skip
@@ -214,7 +216,7 @@ class _Loss:
         if self.rows:
             _forward_kernel[(self.rows,)](
                 *self._inputs(), loss, stats, self.z.shape[1], self.vocab, LOG2E.value / self.temperature,
-                self.temperature**2, *self.numbers, STAGES=3, **self.config,
+                self.temperature**2, *self.numbers, STAGES=self.stages, **self.config,
             )  # fmt: skip
         count = self.rows if self.labels is None else ((self.labels >= 0) & (self.labels < self.vocab)).sum()
         return loss, count, stats

@@ -34,7 +34,9 @@ def divergence(logp, logq, kind="forward_kl", beta=0.5):
         return expected_difference(logp, logq)
     if kind == "reverse_kl":
         return expected_difference(logq, logp)
-    logm = torch.logaddexp(logp + math.log(beta), logq + math.log1p(-beta))
+    there = (logp > -math.inf) | (logq > -math.inf)  # elsewhere logaddexp has no gradient, and no weight is put on m
+    p, q = (torch.where(there, x, 0.0) for x in (logp, logq))
+    logm = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))
     return beta * expected_difference(logp, logm) + (1 - beta) * expected_difference(logq, logm)
 
 
