@@ -268,6 +268,14 @@ def cases(tiny=False) -> list[bench.Case]:
     return result
 
 
+# (head_dim, group, dtype, options) for the compiler: every pair of the first three meets once.
+CORNERS = (
+    (64, 1, "float16", dict(num_splits=1)), (64, 8, "bfloat16", {}), (64, 64, "float32", {}),
+    (128, 1, "bfloat16", {}), (128, 8, "float32", {}), (128, 64, "float16", dict(num_splits=1)),
+    (256, 1, "float32", {}), (256, 8, "float16", dict(num_splits=1)), (256, 64, "bfloat16", {}),
+)  # fmt: skip
+
+
 def codegen_cases() -> list[codegen.Case]:
     """Llama-3-8B in two launches and in one; then nine corners: every pair of head_dim, group and dtype meets once."""
 
@@ -283,13 +291,5 @@ def codegen_cases() -> list[codegen.Case]:
     return [
         case(128, 4, "bfloat16"),
         case(128, 4, "bfloat16", one_launch=True),
-        case(64, 1, "float16", num_splits=1),
-        case(64, 8, "bfloat16"),
-        case(64, 64, "float32"),
-        case(128, 1, "bfloat16"),
-        case(128, 8, "float32"),
-        case(128, 64, "float16", num_splits=1),
-        case(256, 1, "float32"),
-        case(256, 8, "float16", num_splits=1),
-        case(256, 64, "bfloat16"),
+        *(case(*corner, **options) for *corner, options in CORNERS),
     ]

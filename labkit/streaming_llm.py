@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from labkit import args, bench, check, codegen, peers, player
 from labkit.attention import attention, decode_attention, softmax_dtype
-from labkit.flash_decoding import decode_case, flash_decoding  # noqa: F401  (timed beside sink_decoding)
+from labkit.flash_decoding import CORNERS, decode_case, flash_decoding  # noqa: F401  (timed beside sink_decoding)
 from labkit.model import rotate
 
 
@@ -308,15 +308,7 @@ def codegen_cases() -> list[codegen.Case]:
 
     return [
         case(128, 4, "bfloat16"),
-        case(64, 1, "float16", num_splits=1),
-        case(64, 8, "bfloat16"),
-        case(64, 64, "float32"),
-        case(128, 1, "bfloat16"),
-        case(128, 8, "float32"),
-        case(128, 64, "float16", num_splits=1),
-        case(256, 1, "float32"),
-        case(256, 8, "float16", num_splits=1),
-        case(256, 64, "bfloat16"),
+        *(case(*corner, **options) for *corner, options in CORNERS),
     ]
 
 
