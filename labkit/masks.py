@@ -9,10 +9,20 @@ from labkit import args
 
 
 def _largest(score, num_removed):
-    """True except at the num_removed smallest scores of every row [..., K]; ties: the lower index goes."""
-    order = score.argsort(dim=-1, stable=True)
-    keep = torch.ones_like(score, dtype=torch.bool)
-    return keep.scatter_(-1, order[..., :num_removed], False)
+    """True except at the num_removed smallest scores of every row [N, K]; ties: the lower index goes.
+
+    No sort: the num_removed-th smallest score of a row parts it, but for those that equal it.
+    """
+    if num_removed == 0:
+        return torch.ones_like(score, dtype=torch.bool)
+    limit = score.kthvalue(num_removed, dim=-1, keepdim=True).values  # [N, 1]
+    keep = score > limit
+    missing = score.shape[1] - num_removed - keep.sum(-1)  # how many of the equal ones stay, from the right
+    rows = missing.nonzero()[:, 0]
+    if len(rows):
+        equal = score[rows] == limit[rows]
+        keep[rows] |= equal & (equal.cumsum(-1) > (equal.sum(-1) - missing[rows])[:, None])
+    return keep
 
 
 def magnitude_mask(w, sparsity, *, per="row"):
