@@ -1,0 +1,112 @@
+"""The player of `labkit.step_model`: model, GPU, context, batch and five switches, in any browser, without Python.
+
+There are too many choices for a table of frames. So the page carries the formulas themselves, and simulator.js
+evaluates them; a test compares what it draws with what Python draws.
+"""
+
+import json
+from html import escape
+from pathlib import Path
+
+from labkit import player, step_model
+from labkit.step_model import BATCHES, CONTEXTS, DEVICES, FORMULAS, SWITCHES, VOCAB
+
+_HERE = Path(__file__).parent
+CONTROLS = {"model": list(VOCAB), "GPU": list(DEVICES), "context": list(CONTEXTS), "batch": list(BATCHES)} | {
+    label: [off, on] for label, off, on in SWITCHES.values()
+}
+START = ("Llama-3-8B", "H200", 8192, 64, *(SWITCHES[name][2] for name in ("gqa", "paged")), "all tokens", "continuous",
+         "dense")  # fmt: skip
+COLUMNS = ["all off", "as chosen"]
+ROWS = [  # label, name of a formula, times, decimals, unit
+    ("KV heads", "kv_heads", 1, 0, ""), ("K and V of a token", "kv_token", 1e-3, 0, "kB"),
+    ("tokens kept", "kept", 1, 0, ""), ("tokens reserved", "reserved", 1, 0, ""),
+    ("weights", "weights", 1e-9, 1, "GB"), ("cache in use", "used", 1e-9, 1, "GB"),
+    ("cache empty", "empty", 1e-9, 1, "GB"), ("sequences that fit", "largest", 1, 0, ""),
+    ("sequences running", "running", 1, 0, ""), ("a step reads", "read", 1e-9, 1, "GB"),
+    ("a step takes at least", "seconds", 1e3, 2, "ms"), ("rows that are useful", "useful", 100, 0, "%"),
+    ("tokens/s at most", "tokens", 1, 0, ""),
+]  # fmt: skip
+TEXT = {
+    "runs": "{choice}: {running} of {batch} sequences run, "
+    "a step takes at least {seconds} ms, at most {tokens} tokens/s.",
+    "full": "{choice}: not one sequence fits beside the weights.",
+}
+CAPTION = (
+    "A model, not a measurement: bytes over the datasheet's bandwidth. 90 % of the memory holds weights and cache. "
+    "'All off' is the same model, GPU, context and batch with all five switches to the left."
+)
+LEGEND = {"sky": "weights", "blue": "cache in use", "orange": "reserved, empty", "green": "time"}
+
+
+def shown(value, times, decimals, unit=""):
+    """A number as the player prints it: 1,234.5 GB."""
+    return f"{value * times:,.{decimals}f} {unit}".strip()
+
+
+def frame(model, device, context, batch, *labels):
+    """What the player shows for one choice of CONTROLS: {"text", "memory": bars, "time": bars, "values"}."""
+    chosen = {name: labels[i] == on for i, (name, (_, _, on)) in enumerate(SWITCHES.items())}
+    steps = [step_model.step(model, device, context, batch, **s) for s in (dict.fromkeys(SWITCHES, False), chosen)]
+    memory, slowest = step_model.inputs(model, device)["memory"], None
+    bars, times = [], []
+    for lane, s in enumerate(steps):
+        cuts = [0, s["weights"], s["weights"] + s["used"], s["weights"] + s["used"] + s["empty"]]
+        cuts = [min(120.0, 100 * cut / memory) for cut in cuts]
+        bars += [(lane, *cuts[i : i + 2], color, "") for i, color in enumerate(("sky", "blue", "orange"))]
+        if s["tokens"]:
+            slowest = slowest or 1 / s["tokens"]
+            times.append((lane, 0, min(120.0, 100 / s["tokens"] / slowest), "green", ""))
+    words = {name: shown(steps[1][name], times_, decimals) for _, name, times_, decimals, _ in ROWS}
+    words["choice"] = f"{model} on {device}, {context:,} tokens each, {', '.join(labels)}"
+    text = TEXT["runs" if steps[1]["running"] else "full"].format(batch=f"{batch:,}", **words)
+    values = {label: [shown(s[name], *form) for s in steps] for label, name, *form in ROWS}
+    return {"text": text, "memory": bars, "time": times, "values": values}
+
+
+def panels():
+    memory = player.Bars(COLUMNS, unit="% of the memory", span=120, name="memory of the GPU")
+    time = player.Bars(COLUMNS, unit="% of all off", span=120, name="time of a token, all sequences together")
+    for bars, slots in ((memory, 6), (time, 2)):
+        bars.slots = slots
+    return {"memory": memory, "time": time, "values": player.Values([row[0] for row in ROWS], COLUMNS)}
+
+
+def simulator():
+    """The player, drawn at START by Python."""
+    now = frame(*START)
+    controls = "".join(
+        player._control(label, values, values.index(first))
+        for (label, values), first in zip(CONTROLS.items(), START, strict=True)
+    )
+    drawn = {name: panel.html(panel.items(now[name])) for name, panel in panels().items()}
+    names = {name: f'<p class="lab-name">{escape(panel.name)}</p>' for name, panel in panels().items()}
+    wide = "".join(f'<div class="lab-panel lab-wide">{names[name]}{drawn[name]}</div>' for name in ("memory", "time"))
+    marks = "".join(f'<li><i class="{color}"></i>{meaning}</li>' for color, meaning in LEGEND.items())
+    text = escape(now["text"])
+    body = (
+        '<div class="lab-title">One decode step</div>'
+        f'<div class="lab-controls" hidden>{controls}</div>'
+        f'<p class="lab-text" aria-live="polite">{text}</p>'
+        f'<div class="lab-panels lab-stage" role="img" aria-label="{text}">{wide}</div>'
+        f'<ul class="lab-legend">{marks}</ul>'
+        f'<div class="lab-panels"><div class="lab-panel">{drawn["values"]}</div></div>'
+        "<noscript><p>Without JavaScript this is a still picture.</p></noscript>"
+        f"<figcaption>{escape(CAPTION)}</figcaption>"
+    )
+    data = {
+        "controls": CONTROLS, "switches": list(SWITCHES), "rows": ROWS, "text": TEXT,
+        "formulas": {name: expression for name, (expression, *_) in FORMULAS.items()},
+        "models": {name: step_model.inputs(name, "H200") for name in VOCAB},
+        "devices": {
+            name: {key: step_model.inputs("Llama-3-8B", name)[key] for key in ("memory", "bandwidth", "flops")}
+            for name in DEVICES
+        },
+    }  # fmt: skip
+    payload = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
+    css, js = ((_HERE / name).read_text(encoding="utf-8") for name in ("player.css", "simulator.js"))
+    html = (  # data-ready: the players' own script passes it by
+        f'<figure class="lab-player lab-simulator" role="group" aria-label="One decode step" data-ready><style>{css}'
+        f'</style>{body}<script type="application/json">{payload}</script><script>{js}</script></figure>'
+    )
+    return player.Html(html, f"One decode step: {now['text']}")

@@ -1,0 +1,147 @@
+"""The model of a decode step against other witnesses of its parts, and the page's player against Python."""
+
+import random
+import re
+
+import numpy as np
+import pytest
+from browser import chromium, operate, page
+
+from labkit import gqa, paged_attention, pruning, simulator, step_model
+from labkit.gpus import GPUS
+from labkit.model import Config, Llama
+from labkit.step_model import BATCHES, CONTEXTS, DEVICES, FORMULAS, SWITCHES, VOCAB, step
+
+CHOICES = [(m, d, c, b) for m in VOCAB for d in DEVICES for c in CONTEXTS for b in BATCHES]
+
+
+def some(count, seed=0):
+    """Random choices of everything: (model, device, context, batch, switches)."""
+    rng = random.Random(seed)
+    return [(*rng.choice(CHOICES), {name: rng.random() < 0.5 for name in SWITCHES}) for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", VOCAB)
+def test_floor_is_chapter_7s_without_the_table_that_is_only_looked_up(name):
+    model = gqa.MODELS[name]
+    embedding = 2 * VOCAB[name] * model.hidden_size
+    for device, (kind, count) in DEVICES.items():
+        gpu = GPUS[kind]
+        for context in CONTEXTS:
+            for heads, with_gqa in ((model.num_q_heads, False), (model.num_kv_heads, True)):
+                m = model.with_kv_heads(heads)
+                got = step(name, device, context, 4, gqa=with_gqa)
+                assert got["largest"] == gqa.largest_batch(m, context, count * gpu.memory_gb * 1e9)
+                if got["running"] == 4 and got["read"] / gpu.bandwidth > got["operations"] / gpu.bf16_flops:
+                    floor = gqa.decode_floor(m, 4, context, gpu, count)
+                    assert got["seconds"] == pytest.approx(floor - embedding / gpu.bandwidth / count, rel=1e-12)
+
+
+def test_24_weights_are_as_large_as_the_packed_ones():
+    """All linear layers of a block of Llama-3-8B, in the format of chapter 4."""
+    import torch
+
+    dense, pruned = (step("Llama-3-8B", "H200", 1024, 1, pruned=p) for p in (False, True))
+    with torch.device("meta"):
+        block = Llama(Config(128_256, 4096, 14336, 1, 32, 8, 128)).layers[0]
+    linear = [p.shape for p in block.parameters() if p.ndim == 2]
+    saved = 32 * sum(2 * n * k - pruning.sparse_bytes(n, k) for n, k in linear)
+    norms = (2 * 32 + 1) * 4096  # vectors, which the model counts among the linear layers
+    assert dense["weights"] - pruned["weights"] == pytest.approx(saved + 0.875 * norms)
+
+
+def test_pages_are_those_of_the_block_pool():
+    for context in (1, 15, 16, 17, 1000, 4096):
+        pool = paged_attention.BlockPool(2048, 16)
+        pool.allocate("a", list(range(context)))
+        pages = len(pool.table("a"))
+        assert step("Llama-3-8B", "H200", context, 1)["reserved"] == 16 * pages
+        assert step("Llama-3-8B", "H200", context, 1, paged=False)["reserved"] == CONTEXTS[-1]
+
+
+def test_static_batches_waste_what_a_simulation_says():
+    """Exponential outputs: useful rows / computed rows of batches that run until their longest output is done."""
+    lengths = np.random.default_rng(0).exponential(1.0, (20_000, 16))
+    share = lengths.sum() / (16 * lengths.max(1).sum())
+    assert step("Llama-3-8B", "H200", 1024, 16, continuous=False)["useful"] == pytest.approx(share, rel=0.01)
+    assert step("Llama-3-8B", "H200", 1024, 1, continuous=False)["useful"] == 1
+
+
+def test_streaming_bounds_the_cache():
+    for context in CONTEXTS:
+        for paged in (True, False):
+            got = step("Llama-3-8B", "H200", context, 1, streaming=True, paged=paged)
+            assert got["kept"] == min(context, 2048)
+            assert got["reserved"] == (2048 if not paged else got["kept"])
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_no_switch_makes_it_slower(name):
+    """With continuous batching. A larger static batch waits longer for its longest output, and can be slower."""
+    for model, device, context, batch, switches in some(300):
+        switches["continuous"] = True
+        off, on = (step(model, device, context, batch, **{**switches, name: value})["tokens"] for value in (False, True))
+        assert on >= off * (1 - 1e-9)
+
+
+def test_what_does_not_fit_does_not_run():
+    got = step("Llama-3-70B", "L4", 1024, 4)
+    assert (got["largest"], got["running"], got["used"], got["tokens"]) == (0, 0, 0, 0)
+    assert simulator.frame("Llama-3-70B", "L4", 1024, 4, *[off for _, off, _ in SWITCHES.values()])["text"].endswith("fits beside the weights.")
+
+
+def test_memory_never_overflows():
+    for model, device, context, batch, switches in some(500, seed=1):
+        got = step(model, device, context, batch, **switches)
+        memory = step_model.inputs(model, device)["memory"]
+        assert got["running"] == 0 or got["weights"] + got["used"] + got["empty"] <= 0.9 * memory
+
+
+def test_bad_input():
+    for change, name in (
+        ({"model": "GPT-9"}, "model"), ({"device": "abacus"}, "device"), ({"context": 0}, "context"),
+        ({"context": 40_000}, "context"), ({"batch": 0}, "batch"), ({"batch": 1.5}, "batch"), ({"gqa": 2}, "switches"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{name}: got .* expected "):
+            step(**{"model": "Llama-3-8B", "device": "H200", "context": 1024, "batch": 1, **change})
+
+
+def test_formulas_are_python_and_javascript():
+    for expression, *_ in FORMULAS.values():
+        assert re.fullmatch(r"[\w\s.,()*/+-]+", expression)
+        assert not re.search(r"\*\*|//|\b0\d", expression)
+
+
+def test_in_a_browser(tmp_path):
+    """What simulator.js draws is what Python draws: every bar, every number, the text; and the keyboard works it."""
+    path = tmp_path / "index.html"
+    html = simulator.simulator()._repr_html_()
+    path.write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>t</title><body>{html}', encoding="utf-8")
+    options = list(simulator.CONTROLS.values())
+    chosen = [(*choice, *[SWITCHES[n][1 + on] for n, on in switches.items()]) for *choice, switches in some(400, seed=2)]
+    chosen.append(simulator.START)
+    places = [[values.index(value) for values, value in zip(options, choice)] for choice in chosen]
+    with chromium() as browser, page(browser, path.as_uri(), width=390) as tab:
+        read = """f => [f.querySelector('.lab-text').textContent, ...[...f.querySelectorAll('.x')].map(x =>
+            x.style.display === 'none' ? null : x.textContent || [x.className.slice(2), x.style.left, x.style.width, x.style.top])]"""
+        figure = tab.query_selector(".lab-player")
+        assert not operate(tab, figure)
+        draw = f"""(f, places) => places.map(place => {{
+            f.querySelectorAll('input, select').forEach((field, i) => {{ field.value = place[i]; }});
+            f.dispatchEvent(new Event('input'));
+            return ({read})(f); }})"""
+        drawn = figure.evaluate(draw, places)
+    for choice, (text, *items) in zip(chosen, drawn):
+        now = simulator.frame(*choice)
+        assert text == now["text"]
+        expected = [item for name, panel in simulator.panels().items() for item in panel.items(now[name])]
+        assert len(items) == len(expected)
+        for item, (color, label, style) in zip(items, expected):
+            if item is None or style == "display:none":
+                assert (item, style) == (None, "display:none"), choice
+            elif isinstance(item, str):
+                assert item == label, choice
+            else:
+                numbers = [float(x) for x in re.findall(r"[\d.e-]+(?=%)", style)]
+                assert item[0] == color
+                assert [float(x.rstrip("%")) for x in item[1:]] == pytest.approx(numbers, abs=0.01), choice
