@@ -202,3 +202,12 @@ def codegen_cases():
         case("fp32, JSD, with labels", "float32", kind="jsd", labels=True),
         case("fp16, forward KL, 50,257 tokens", "float16", 50_257, narrow=("_forward_kernel", "_backward_kernel")),
     ]
+
+
+# ---- long experiments
+
+
+def experiments():
+    from labkit import distillation_study
+
+    return distillation_study.experiments()
