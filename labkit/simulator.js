@@ -26,7 +26,7 @@
       return known;
     }
     function bar(item, lane, color, from, to) {
-      item.className = "x " + color;
+      item.className = "x " + (to > from ? color : "");
       item.style.cssText = `left:${from / 1.2}%;width:${(to - from) / 1.2}%;top:${50 * lane}%`;
     }
     function update() {

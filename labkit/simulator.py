@@ -53,7 +53,8 @@ def frame(model, device, context, batch, *labels):
     for lane, s in enumerate(steps):
         cuts = [0, s["weights"], s["weights"] + s["used"], s["weights"] + s["used"] + s["empty"]]
         cuts = [min(120.0, 100 * cut / memory) for cut in cuts]
-        bars += [(lane, *cuts[i : i + 2], color, "") for i, color in enumerate(("sky", "blue", "orange"))]
+        for color, start, end in zip(("sky", "blue", "orange"), cuts, cuts[1:]):
+            bars.append((lane, start, end, color if end > start else "", ""))
         if s["tokens"]:
             slowest = slowest or 1 / s["tokens"]
             times.append((lane, 0, min(120.0, 100 / s["tokens"] / slowest), "green", ""))

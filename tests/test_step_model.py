@@ -6,10 +6,12 @@ import re
 import numpy as np
 import pytest
 from browser import chromium, operate, page
+from bs4 import BeautifulSoup
 
-from labkit import gqa, paged_attention, pruning, simulator, step_model
+from labkit import gqa, paged_attention, pruning, simulator, step_map, step_model
 from labkit.gpus import GPUS
 from labkit.model import Config, Llama
+from labkit.provenance import ROOT
 from labkit.step_model import BATCHES, CONTEXTS, DEVICES, FORMULAS, SWITCHES, VOCAB, step
 
 CHOICES = [(m, d, c, b) for m in VOCAB for d in DEVICES for c in CONTEXTS for b in BATCHES]
@@ -110,6 +112,19 @@ def test_formulas_are_python_and_javascript():
     for expression, *_ in FORMULAS.values():
         assert re.fullmatch(r"[\w\s.,()*/+-]+", expression)
         assert not re.search(r"\*\*|//|\b0\d", expression)
+
+
+def test_the_map_names_every_chapter_and_says_what_a_link_is():
+    soup = BeautifulSoup(step_map.step_map()._repr_html_(), "html.parser")
+    written = {path.stem for path in (ROOT / "chapters").glob("[0-9][0-9]_*.ipynb")}
+    links = soup.select("svg a")
+    assert {link["href"].removesuffix(".html") for link in links if link.has_attr("href")} == written
+    assert {c for _, links in step_map.steps() for c, *_ in links} == set(range(1, 11))
+    for link in links:
+        assert link.title.text == link["aria-label"]
+        assert link["aria-label"].startswith(f"Chapter {link.tspan.text}, ")
+    drawn = soup.svg.select("rect")
+    assert all(float(r["x"]) + float(r["width"]) <= 380 for r in drawn)
 
 
 def test_in_a_browser(tmp_path):
