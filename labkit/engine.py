@@ -323,7 +323,7 @@ class Engine:
 def allocate_pages(model, num_pages, page_size):
     """A pair (k_pages, v_pages) of [P, page_size, Hkv, D] for every layer, as wide as that layer's weights say.
 
-    In memory a head's part of a page lies together. Zeros, not NaN: masked slots may be multiplied by 0.
+    In memory a head's part of a page lies together. Zeros, so that the memory is taken now and not in the first steps.
     """
     pages, dim = [], model.config.head_dim
     for layer in model.layers:

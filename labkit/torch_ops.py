@@ -1,10 +1,11 @@
 """Attention over pages out of torch's own operations: what the engine runs on where there are no kernels of ours.
 
-The reference of chapter 9 takes one sequence after the other and computes in fp32: right, and slow. Here sequences of
-about the same length are gathered together and handed to torch's fused attention. What depends on the lengths only is
-worked out once a step (`plan`) and used by every layer.
+The reference of chapter 9 takes one sequence after the other and computes in fp32: right, and slow. Here all decodes of
+a step are three sparse operations over the pages as they lie, and a chunk of a prompt is one call of torch's fused
+attention over gathered pages. What depends on the lengths only is worked out once a step (`plan`), for every layer.
 """
 
+import warnings
 from itertools import pairwise
 
 import numpy as np
@@ -12,8 +13,6 @@ import torch
 import torch.nn.functional as F
 
 from labkit import args
-
-GROUP = 8  # sequences a call: their keys should still lie in the cache when they are used, and calls cost time too
 
 
 def plan(block_table, q_starts, kv_lens, slots, page_size):
@@ -32,66 +31,86 @@ def plan(block_table, q_starts, kv_lens, slots, page_size):
 
 
 def _attention(block_table, q_starts, kv_lens, page_size, sm_scale=None):
-    """attend(q, k_pages, v_pages) -> o for these lengths. Sequences are grouped; each group is one call of SDPA."""
-    device, starts, lens = block_table.device, q_starts.tolist(), kv_lens.tolist()
-    table = block_table.cpu().numpy()
-    q_lens = [end - start for start, end in pairwise(starts)]
-    order = sorted((b for b in range(len(lens)) if q_lens[b]), key=lambda b: (q_lens[b], lens[b]))
-    rows = np.concatenate([np.arange(starts[b], starts[b + 1]) for b in order] or [np.zeros(0, int)])
-    in_order = bool((rows == np.arange(starts[-1])).all())
-    rows = torch.from_numpy(rows).to(device)
-    groups = []
-    while order:
-        q_len, size = q_lens[order[0]], 1
-        if q_len == 1:  # decodes are grouped, a chunk of a prompt is a group of its own
-            size = next((i for i, b in enumerate(order[:GROUP]) if q_lens[b] > 1), min(GROUP, len(order)))
-        members, order = order[:size], order[size:]
-        own = np.array([lens[b] for b in members])
-        width = -(-own.max() // page_size)
-        used = np.arange(width) < -(-own[:, None] // page_size)
-        pages = np.where(used, table[members, :width], 0)  # beyond its end: any page, it is masked
-        position = own[:, None] - q_len + np.arange(q_len)  # bottom-right: the last query sits on the last key
-        hidden = np.arange(width * page_size) > position[:, :, None]  # [size, q_len, keys]
-        mask = torch.zeros(hidden.shape).masked_fill_(torch.from_numpy(hidden), float("-inf"))
-        groups.append((q_len, torch.from_numpy(pages.ravel().astype(np.int64)).to(device), mask.to(device)))
-    prepared = []
+    """attend(q, k_pages, v_pages) -> o for these lengths: decodes in one call if they can be, chunks in one each."""
+    starts, lens, table = q_starts.tolist(), kv_lens.tolist(), block_table.cpu().numpy()
+    chunks = [(slice(*ends), b) for b, ends in enumerate(pairwise(starts)) if ends[0] < ends[1]]
+    calls = []  # (rows of q, function), made when the first layer shows its heads and dtype
 
-    def prepare(q, num_kv_heads):
-        """Room for the gathered keys and values, as the gather and as SDPA want to see it: once for all layers."""
-        group, dim, start = q.shape[1] // num_kv_heads, q.shape[2], 0
-        most = max((len(pages) for _, pages, _ in groups), default=0)
-        room = q.new_empty(2, num_kv_heads * most * page_size * dim)
-        for q_len, pages, mask in groups:
-            size = len(mask)
-            flat = room[:, : num_kv_heads * len(pages) * page_size * dim]
-            into = flat.view(2, num_kv_heads, len(pages), page_size, dim).unbind()
-            seen = flat.view(2, num_kv_heads, size, -1, dim).transpose(1, 2).unbind()  # [size, Hkv, keys, D]
-            bias = mask.to(q.dtype)[:, None, None].expand(-1, 1, group, -1, -1).flatten(2, 3)
-            shape = (size, q_len, num_kv_heads, group, dim)
-            prepared.append((slice(start, start + size * q_len), shape, pages, bias, *into, *seen))
-            start += size * q_len
+    def prepare(q, k_pages):
+        heads, scale = (q.shape[1], k_pages.shape[2]), args.scale(sm_scale, q.shape[2])
+        decodes, left = [], chunks
+        if q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64):  # what sampled_addmm takes
+            decodes = [(rows.start, b) for rows, b in chunks if rows.stop - rows.start == 1]
+            left = [(rows, b) for rows, b in chunks if rows.stop - rows.start > 1]
+        if decodes:
+            rows, members = map(list, zip(*decodes))
+            own = np.array([lens[b] for b in members])
+            in_order = rows == list(range(rows[0], rows[0] + len(rows)))  # then a view of q, not a copy
+            rows = slice(rows[0], rows[0] + len(rows)) if in_order else torch.tensor(rows)
+            calls.append((rows, _decode(table[members], own, page_size, k_pages.shape[0], *heads, scale, q.dtype)))
+        for rows, b in left:
+            pages = torch.from_numpy(table[b, : -(-lens[b] // page_size)].astype(np.int64)).to(q.device)
+            calls.append((rows, _chunk(pages, lens[b], rows.stop - rows.start, *heads, scale, q.device)))
 
     def attend(q, k_pages, v_pages):
-        # Memory is fastest as [Hkv, P, page_size, D], where a head's keys lie together; any strides will do.
-        k_pages, v_pages = k_pages.permute(2, 0, 1, 3), v_pages.permute(2, 0, 1, 3)
-        if groups and not prepared:
-            prepare(q, len(k_pages))
-        q = q if in_order else q[rows]
-        o, scale = torch.empty_like(q), args.scale(sm_scale, q.shape[2])
-        for here, shape, pages, bias, k_into, v_into, k, v in prepared:
-            torch.index_select(k_pages, 1, pages, out=k_into)
-            torch.index_select(v_pages, 1, pages, out=v_into)
-            # Query heads that share a KV head become rows of one matrix: [size, Hkv, group * q_len, D].
-            x = q[here].view(shape).permute(0, 2, 3, 1, 4).flatten(2, 3)
-            x = F.scaled_dot_product_attention(x, k, v, attn_mask=bias, scale=scale)
-            o[here].view(shape).copy_(x.unflatten(2, (shape[3], shape[1])).permute(0, 3, 1, 2, 4))
-        if in_order:
-            return o
-        back = torch.zeros_like(o)
-        back[rows] = o
-        return back
+        if not calls:
+            prepare(q, k_pages)
+        o = torch.empty_like(q)
+        for rows, call in calls:
+            o[rows] = call(q[rows], k_pages, v_pages)
+        return o
 
     return attend
+
+
+def _decode(table, lens, page_size, num_pages, num_heads, num_kv_heads, scale, dtype):
+    """call(q [B, Hq, D], k_pages, v_pages) -> o: one query a sequence over its pages, which stay where they are.
+
+    A block table is the pattern of a sparse matrix: a row for each sequence and query head, a column for each place in
+    the pool and KV head. Scores are a product that is computed at the pattern only (`sampled_addmm`), and the output
+    is, for every row, a weighted sum of the values that its columns name (`embedding_bag`).
+    """
+    seq = np.repeat(np.arange(len(lens)), lens)  # of every key
+    token = np.arange(len(seq)) - np.repeat(np.cumsum(lens) - lens, lens)
+    slot = table[seq, token // page_size].astype(np.int64) * page_size + token % page_size
+    pool = num_pages * page_size
+    kv_head = np.arange(num_heads) // (num_heads // num_kv_heads)
+    columns = [kv_head[:, None] * pool + own for own in np.split(slot, np.cumsum(lens)[:-1])]  # [Hq, kv_len] each
+    columns = torch.from_numpy(np.concatenate(columns, axis=None))
+    ends = torch.from_numpy(np.cumsum([0, *np.repeat(lens, num_heads)]))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        scores = torch.sparse_csr_tensor(
+            ends, columns, torch.zeros(len(columns), dtype=dtype), (len(ends) - 1, num_kv_heads * pool),
+            check_invariants=False,
+        )  # fmt: skip
+    values = scores.values()  # a view: [Hq * kv_len] of one sequence after the other
+    softmaxes = [x.view(num_heads, -1) for x in values.split((lens * num_heads).tolist())]
+
+    def call(q, k_pages, v_pages):
+        # Memory is expected as [Hkv, P, page_size, D], where a head's keys lie together; other strides are copied.
+        k, v = (x.permute(2, 0, 1, 3).reshape(-1, x.shape[3]) for x in (k_pages, v_pages))
+        torch.sparse.sampled_addmm(scores, q.flatten(0, 1), k.T, beta=0.0, alpha=scale, out=scores)
+        for x in softmaxes:
+            torch.softmax(x, dim=-1, out=x)
+        return F.embedding_bag(columns, v, ends[:-1], mode="sum", per_sample_weights=values).view_as(q)
+
+    return call
+
+
+def _chunk(pages, kv_len, q_len, num_heads, num_kv_heads, scale, device):
+    """call(q [q_len, Hq, D], k_pages, v_pages) -> o: a sequence's newest q_len tokens over its pages [.] int64."""
+    shared = num_heads != num_kv_heads
+    position = torch.arange(kv_len - q_len, kv_len, device=device)  # the last query sits on the last key
+    keep = torch.arange(kv_len, device=device) <= position[:, None]
+
+    def call(q, k_pages, v_pages):
+        k, v = (x[pages].flatten(0, 1)[:kv_len].transpose(0, 1) for x in (k_pages, v_pages))  # [Hkv, kv_len, D]
+        q = q.transpose(0, 1)[None]
+        o = F.scaled_dot_product_attention(q, k[None], v[None], keep, scale=scale, enable_gqa=shared)
+        return o[0].transpose(0, 1)
+
+    return call
 
 
 def write_kv(k, v, k_pages, v_pages, slots):
@@ -106,8 +125,7 @@ def write_kv(k, v, k_pages, v_pages, slots):
 def ragged_attention(q, k_pages, v_pages, block_table, q_starts, kv_lens, *, sm_scale=None):
     """The same as `labkit.batching.ragged_attention`, whose arguments and errors it has.
 
-    A chunk must not be longer than its keys, and pages must hold finite numbers: slots that a mask hides are still
-    multiplied, by 0.
+    A chunk must not be longer than its keys.
     """
     args.ragged(q, k_pages, v_pages, block_table, q_starts, kv_lens, dtypes=args.REFERENCE_FLOATS)
     ok = bool((q_starts.diff() <= kv_lens).all())
