@@ -48,7 +48,7 @@ RUNS = [  # (student, its first weights, loss, number of seeds)
 ]
 # Chosen on calibration text: small batches and a higher rate for the embeddings get furthest in so few steps.
 RECIPE = train.Recipe(steps=200, batch=4, warmup=10, adam_lr=0.012)
-RECOVERY = train.Recipe(steps=40, batch=4, warmup=4, cooldown=1.0, muon_lr=0.002, adam_lr=0.0004)
+RECOVERY = train.Recipe(steps=40, batch=4, warmup=4, cooldown=1.0, muon_lr=0.004, adam_lr=0.0008)
 RECOVERED_BY, RECOVERY_SEEDS = ("hard labels", "KD, T=1"), 2
 POINTS = 5  # of a curve
 CURVE_TEXT, EVAL_TEXT, GAP_ROWS = 16 * 256, 64 * 256, 16  # ids of a point, ids at the end, chunks of 256
