@@ -28,3 +28,26 @@ if "TRITON_INTERPRET" not in os.environ and not _has_usable_gpu():
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+def where() -> str:
+    """How kernels run here and why, in a sentence or two: for the first cell of a notebook."""
+    try:
+        import torch
+
+        version = torch.__version__
+        found = torch.cuda.is_available()
+        name = torch.cuda.get_device_name() if found else ""
+        major, minor = torch.cuda.get_device_capability() if found else (0, 0)
+        amd = torch.version.hip is not None
+    except Exception as error:  # a missing torch or a broken driver: say so, and raise nothing
+        return f"torch cannot be used here ({type(error).__name__}: {error}). Install the lab first: pip install -e ."
+    gpu = f"{name} (compute capability {major}.{minor})" if name and not amd else name
+    if not INTERPRETED:
+        return f"Kernels are compiled for {gpu or 'a GPU that torch does not see'}, torch {version}."
+    slow = "Kernels run in Triton's interpreter, on the CPU: right, on small sizes, and never timed."
+    if not name:
+        return f"No GPU that torch {version} can use. {slow}"
+    if not amd and (major, minor) < (8, 0):
+        return f"{gpu} is here, but Triton needs 8.0 (A100, RTX 30) or later. {slow}"
+    return f"{gpu} is here, but TRITON_INTERPRET=1 is set. {slow}"

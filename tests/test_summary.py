@@ -1,0 +1,92 @@
+"""The results page: what is counted as won, tied and lost, honest when empty, and the headlines of all records."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import kernels
+from labkit import bench, record, summary
+from labkit.record import CEILING, Row
+
+SHARED = dict(device="Test GPU", driver="1", torch="2", triton="3", date="2026-01-01 00:00:00", commit="abc")
+
+
+def row(case, provider, us, **changes):
+    made = Row("t", case, provider, bool(us), us, 1000, 0.0, "ok: error 0" if us else "not run: no", "graph", **SHARED, source_hash="")
+    return replace(made, **changes)
+
+
+def case(name):
+    return bench.Case(name, "kernel", lambda generator, device: {}, 1000, peers={"peer": None})
+
+
+def test_no_gpu_is_no_record(tmp_path):
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "x.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    assert summary.gpus(tmp_path) == []
+
+
+def test_won_tied_lost_and_without_a_peer(tmp_path):
+    rows = [row(CEILING, "copy", [1.0])]
+    for name, own, peer in (("won", 10.0, 20.0), ("lost", 20.0, 10.0), ("tied", 10.0, 10.1), ("alone", 10.0, None), ("not run", None, 5.0)):
+        rows += [row(name, "kernel", [own] * 3 if own else [], source_hash="h"), row(name, "peer", [peer] * 3 if peer else [])]
+    record.save(rows, tmp_path / "test-gpu" / "t.json")
+    (folder,) = summary.gpus(tmp_path)
+    cases = [case(name) for name in ("won", "lost", "tied", "alone", "not run")]
+    found = summary.comparison(folder, "t", cases, {(c.name, "kernel"): "h" for c in cases})
+    assert summary.tally([found]) == {"won": 1, "tied": 1, "lost": 1, "no peer": 1}
+    assert summary.comparison(folder, "other", cases, {}) is None
+    assert summary.state(folder) == ["Test GPU: 2026-01-01 00:00:00 UTC, commit abc, driver 1, torch 2, triton 3"]
+    assert not found.changed
+
+
+EXPERIMENTS = summary.experiments()
+
+
+def test_experiments_are_there():
+    assert {e.name for e in EXPERIMENTS} >= set(summary.HEADLINES)
+
+
+@pytest.mark.parametrize("experiment", [e for e in EXPERIMENTS if e.name in summary.HEADLINES], ids=lambda e: e.name)
+def test_headlines_are_numbers(experiment):
+    lines = summary.headline(experiment)
+    assert lines
+    assert all(any(c.isdigit() for c in line) for line in lines)
+
+
+def test_headlines_follow_the_record():
+    (train,) = (e for e in EXPERIMENTS if e.name == "train")
+    sample = json.loads(json.dumps(train.samples[0])) | {"held_out_bits_per_byte": 9.87}
+    assert "9.87 bits" in summary.headline(replace(train, samples={0: sample}))[0]
+    two = replace(train, samples={0: sample, 1: sample})
+    assert [line.split(":")[0] for line in summary.headline(two)] == ["seed 0", "seed 1"]
+    assert summary.headline(replace(train, name="new")) == []
+
+
+@pytest.mark.parametrize(
+    ("interpreted", "capability", "expected"),
+    [
+        (True, None, "No GPU that torch"),
+        (True, (7, 5), "Tesla T4 (compute capability 7.5) is here, but Triton needs 8.0"),
+        (True, (8, 0), "but TRITON_INTERPRET=1 is set"),
+        (False, (9, 0), "Kernels are compiled for Tesla T4 (compute capability 9.0)"),
+    ],
+)
+def test_where(monkeypatch, interpreted, capability, expected):
+    monkeypatch.setattr(kernels, "INTERPRETED", interpreted)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert expected in kernels.where()
+    assert ("interpreter" in kernels.where()) == interpreted
+
+
+def test_where_never_raises(monkeypatch):
+    def broken():
+        raise RuntimeError("driver too old")
+
+    monkeypatch.setattr(torch.cuda, "is_available", broken)
+    assert "driver too old" in kernels.where()
