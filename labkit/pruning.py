@@ -77,7 +77,7 @@ def semi_structured(x, values, meta):
     return lambda: F.linear(x, w)
 
 
-def sorted_mask(w, x_norm, sparsity=None, n=None, m=None):
+def torch_mask(w, x_norm, sparsity=None, n=None, m=None):
     """Score and select in plain torch, as the reference does."""
     return lambda: wanda_mask(w, x_norm, sparsity=sparsity, n=n, m=m)
 
@@ -131,7 +131,7 @@ def mask_case(name, layer, *, tiny=False, **options):
         return {"w": w, "x_norm": x_norm} | options
 
     return bench.Case(
-        f"{name} {layer}", "wanda_mask", make, section=SELECT, bytes=3 * rows * k + 4 * k, peers={"torch": sorted_mask}
+        f"{name} {layer}", "wanda_mask", make, section=SELECT, bytes=3 * rows * k + 4 * k, peers={"torch": torch_mask}
     )  # fmt: skip
 
 
