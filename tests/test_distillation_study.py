@@ -1,3 +1,4 @@
+import json
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -8,6 +9,7 @@ from torch.nn.utils import parametrize
 
 from kernels import distillation as kd
 from labkit import corpus, train
+from labkit import distillation_players as players
 from labkit import distillation_study as study
 from labkit.check import randn
 from labkit.distillation import kd_loss
@@ -329,3 +331,77 @@ def test_frontier():
     some = [point("a", 4, 1.0), point("b", 1, 3.0), point("c", 2, 3.0), point("d", 2, 2.0), point("e", 3, 2.0)]
     assert study.frontier(some) == ["b", "d", "a"]
     assert study.frontier(some, cost="decode") == ["a"]
+
+
+# ---- what the chapter steps through
+
+
+def frames(shown):
+    """[(text, labels in drawing order)] of a player, from the data that the browser gets."""
+    data = json.loads(shown.html.split('<script type="application/json">')[1].split("</script>")[0])
+    return [(text, [data["states"][i][1] for i in row]) for text, row in zip(data["texts"], data["frames"])]
+
+
+def test_temperature_player(teacher):
+    """Each frame is the teacher's own distribution: names and probabilities of its likeliest bytes."""
+    seen = frames(players.temperature_player(teacher))
+    wanted = [(c, t) for c in players.CONTEXTS for t in players.TEMPERATURES]
+    assert len(seen) == len(wanted)
+    for (context, temperature), (text, labels) in zip(wanted, seen):
+        x = torch.tensor([[corpus.BOS, *context.encode()]])
+        p = (teacher(x)[0, -1] / temperature).softmax(-1)
+        top = p.topk(players.SHOWN)
+        pairs = zip(labels[0 : 2 * players.SHOWN : 2], labels[1 : 2 * players.SHOWN : 2])
+        assert [value for _, value in pairs] == [f"{x:.3f}" for x in top.values]
+        assert f"At T = {temperature}, {players.byte_name(int(top.indices[0]))} has {top.values[0]:.1%}" in text
+        entropy = -(p * p.log2()).sum()
+        assert f"{entropy:.2f}" in labels
+
+
+def test_descents():
+    """Forward KL matches the mean of both modes, reverse KL takes one and pays -log of its share."""
+    p = players.two_modes().softmax(-1)
+    assert p[players.X < 0].sum().item() == pytest.approx(0.6, abs=1e-3)
+    ends = {}
+    for name, options in players.DIVERGENCES.items():
+        for start in (-3.0, 3.0):
+            path = players.descend(options, start)
+            assert len(path) == players.STEPS[-1] + 1
+            assert path[0][:2] == pytest.approx((start, 1.0))
+            assert path[-1][2] < path[0][2]
+            ends[name, start] = path[-1]
+    mu, sigma, _ = players.descend(players.DIVERGENCES["forward KL"], 3.0, steps=400)[-1]
+    q = players.bell(mu, sigma).softmax(-1)
+    assert (q * players.X).sum().item() == pytest.approx((p * players.X).sum().item(), abs=1e-5)
+    assert (q * players.X**2).sum().item() == pytest.approx((p * players.X**2).sum().item(), rel=1e-5)
+    assert ends["reverse KL", -3.0][2] == pytest.approx(-np.log(0.6), abs=2e-3)
+    assert ends["reverse KL", 3.0][2] == pytest.approx(-np.log(0.4), abs=2e-3)
+
+
+def test_landscape_player():
+    """The cells are the loss at their mean and width; the lowest is outlined or walked on."""
+    seen = frames(players.landscape_player(starts=(3.0,)))
+    assert len(seen) == len(players.DIVERGENCES) * len(players.STEPS)
+    size = len(players.MUS) * len(players.SIGMAS)
+    for i, (name, options) in enumerate(players.DIVERGENCES.items()):
+        text, labels = seen[i * len(players.STEPS)]
+        assert text.startswith(f"{name}, after 0 steps: mean 3.00, width 1.00")
+        want = [
+            kd_loss(players.bell(mu, sigma), players.two_modes(), **options)
+            for sigma in players.SIGMAS
+            for mu in players.MUS
+        ]
+        assert labels[:size] == [f"{x:.2f}" for x in want]
+
+
+def test_try_loss(teacher, device):
+    sure = study.copy.deepcopy(teacher)
+    sure.embed_tokens.weight.data *= 20
+    student = study.student(sure, "shallow", "fresh", 0)
+    for kind in kd.KINDS:
+        said = players.try_loss(kd.kd_loss_and_grad, sure, student, kind, 2, device=device)
+        assert said.startswith(f"{kind} at T = 2: loss ")
+        other = lambda *a, **o: kd.kd_loss_and_grad(*a, **o | dict(temperature=3.0))  # noqa: E731
+        wrong = players.try_loss(other, sure, student, kind, 2, device=device)
+        assert wrong.endswith("; WRONG")
+        assert said.endswith("; right")

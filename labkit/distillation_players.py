@@ -1,0 +1,161 @@
+"""What the chapter on distillation steps through. Every number comes from a real run of the function it shows."""
+
+import torch
+
+from labkit import corpus, player
+from labkit.check import compare
+from labkit.distillation import kd_loss, kd_loss_and_grad
+
+# ---- dark knowledge
+
+CONTEXTS = ("import os\nimport ", "    def __init__(self, ", "        raise ValueError(", "for i in ran")
+TEMPERATURES = (0.5, 1, 2, 4, 8)
+SHOWN = 8
+
+
+@torch.no_grad()
+def next_logits(model, text):
+    """The logits [V] of the byte after text."""
+    return model(torch.tensor([[corpus.BOS, *corpus.encode(text)]]))[0, -1]
+
+
+def byte_name(i):
+    return {corpus.BOS: "BOS", corpus.EOS: "EOS"}.get(i) or repr(chr(i))
+
+
+def softened(logits, temperature):
+    """(probabilities [V], their entropy in bits) at a temperature."""
+    p = (logits / temperature).softmax(-1)
+    return p, -(p * p.clamp(min=1e-30).log2()).sum().item()
+
+
+def temperature_player(model):
+    """What the teacher says of the next byte, at several temperatures."""
+    found = {text: next_logits(model, text) for text in CONTEXTS}
+    names = {repr(text)[1:-1]: text for text in CONTEXTS}
+
+    def frame(name, temperature):
+        logits = found[names[name]]
+        p, entropy = softened(logits, temperature)
+        top = logits.topk(SHOWN).indices.tolist()
+        bars = [(i, 0.0, p[t].item(), "blue" if i == 0 else "sky", "") for i, t in enumerate(top)]
+        grid = [[("", byte_name(t)), ("", f"{p[t]:.3f}")] for t in top]
+        rest = 1 - p[top[0]].item()
+        numbers = {"entropy, bits": f"{entropy:.2f}", "not on the likeliest": f"{rest:.1%}"}
+        text = f"At T = {temperature}, {byte_name(top[0])} has {p[top[0]]:.1%}; the other 257 share {rest:.1%}."
+        return {"text": text, "p": bars, "bytes": grid, "numbers": numbers}
+
+    ranks = [f"{i + 1}." for i in range(SHOWN)]
+    panels = {
+        "bytes": player.Grid(SHOWN, 2, row_labels=ranks, col_labels=["byte", "p"]),
+        "p": player.Bars(ranks, unit="probability", span=1.0),
+        "numbers": player.Values(["entropy, bits", "not on the likeliest"]),
+    }
+    first = next(iter(names))
+    return player.Explorer(
+        "Dark knowledge", {"after": list(names), "temperature": list(TEMPERATURES)}, panels, frame,
+        legend={"blue": "the likeliest byte", "sky": "the next seven"}, start=(first, 1), key=(first, 2),
+        caption="The lab's model on the byte after a text. A hard label is one byte; the teacher ranks them all.",
+    )  # fmt: skip
+
+
+# ---- one mode or both
+
+X = torch.linspace(-6, 6, 121, dtype=torch.float64)
+MUS, SIGMAS = tuple(range(-4, 5)), (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
+DIVERGENCES = {
+    "forward KL": dict(kind="forward_kl"),
+    "JSD, beta 0.1": dict(kind="jsd", beta=0.1),
+    "JSD, beta 0.5": dict(kind="jsd", beta=0.5),
+    "JSD, beta 0.9": dict(kind="jsd", beta=0.9),
+    "reverse KL": dict(kind="reverse_kl"),
+}
+STEPS = (0, 5, 15, 50, 200)
+
+
+def bell(mu, sigma):
+    """The logits of a bell curve on X: a student with two parameters."""
+    return -0.5 * ((X - mu) / sigma) ** 2
+
+
+def two_modes():
+    """The logits of the teacher on X: 60 % around -2, 40 % around 2."""
+    modes = [bell(mu, 0.6).log_softmax(-1) + torch.tensor(share).log() for mu, share in ((-2.0, 0.6), (2.0, 0.4))]
+    return torch.logaddexp(*modes)
+
+
+def descend(options, mu, sigma=1.0, steps=STEPS[-1], lr=0.1):
+    """[(mu, sigma, loss)] of a bell that learns from the two modes, by Adam on `kd_loss`: the start, and each step."""
+    at = torch.tensor([mu, sigma], dtype=torch.float64)
+    at[1] = at[1].log()
+    at.requires_grad_()
+    optimizer, path = torch.optim.Adam([at], lr=lr), []
+    for _ in range(steps + 1):
+        loss = kd_loss(bell(at[0], at[1].exp()), two_modes(), **options)
+        path.append((at[0].item(), at[1].exp().item(), loss.item()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return path
+
+
+def between(logits):
+    """The share of a distribution on X that lies between the modes, where the teacher has little."""
+    return logits.softmax(-1)[X.abs() < 1].sum().item()
+
+
+def nearest(values, x):
+    return min(range(len(values)), key=lambda i: abs(values[i] - x))
+
+
+def landscape_player(starts=(-3.0, 0.5, 3.0)):
+    """The loss over mean and width of a bell that imitates two modes, and the way down from several starts."""
+    mu, sigma = torch.tensor(MUS), torch.tensor(SIGMAS)
+    bells = bell(mu[None, :, None], sigma[:, None, None])  # [sigma, mu, X]
+    teacher = two_modes().expand_as(bells)
+    losses = {name: kd_loss(bells, teacher, reduction="none", **o) for name, o in DIVERGENCES.items()}
+    paths = {(name, start): descend(o, start) for name, o in DIVERGENCES.items() for start in starts}
+
+    def frame(name, start, step):
+        loss, path = losses[name], paths[name, start]
+        lowest, seen = loss.argmin().item(), [(nearest(SIGMAS, s), nearest(MUS, m)) for m, s, _ in path[: step + 1]]
+
+        def cell(r, c):
+            color = "orange" if (r, c) == seen[-1] else "sky" if (r, c) in seen else ""
+            if not color and r * len(MUS) + c == lowest:
+                color = "outline"
+            return color, f"{loss[r, c]:.2f}"
+
+        grid = [[cell(r, c) for c in range(len(MUS))] for r in range(len(SIGMAS))]
+        m, s, value = path[step]
+        share = between(bell(m, s))
+        text = f"{name}, after {step} steps: mean {m:.2f}, width {s:.2f}; {share:.0%} of it between the modes."
+        numbers = {"loss": f"{value:.3f}", "between the modes": f"{share:.1%} (teacher: {between(two_modes()):.1%})"}
+        return {"text": text, "loss": grid, "student": numbers}
+
+    panels = {
+        "loss": player.Grid(
+            len(SIGMAS), len(MUS), col_labels=MUS, row_labels=SIGMAS, name="the loss; columns: mean, rows: width"
+        ),
+        "student": player.Values(["loss", "between the modes"]),
+    }
+    controls = {"divergence": list(DIVERGENCES), "start at": list(starts), "step": list(STEPS)}
+    legend = {"orange": "here", "sky": "the way", "outline": "lowest cell"}
+    caption = "A bell with two parameters learns from two modes, 60 % at -2 and 40 % at 2, by Adam on the lab's loss."
+    start = ("forward KL", starts[-1], STEPS[-1])
+    return player.Explorer("One mode or both?", controls, panels, frame, legend=legend, caption=caption, start=start)
+
+
+# ---- the live cell
+
+
+def try_loss(kernel, teacher, student, kind, temperature, beta=0.5, device="cpu"):
+    """Loss and size of the gradient of the kernel on two models' logits, and whether they are right."""
+    ids = torch.tensor([[corpus.BOS, *corpus.encode("".join(CONTEXTS))]])
+    with torch.no_grad():
+        z, t = (model(ids)[0] for model in (student, teacher))
+    options = dict(kind=kind, temperature=float(temperature), beta=beta)
+    inputs = z.to(device), t.to(device)
+    loss, grad = kernel(*inputs, **options)
+    right = all(verdict.ok for verdict in compare((loss, grad), kd_loss_and_grad, *inputs, **options))
+    return f"{kind} at T = {temperature}: loss {loss:.4f}, gradient {grad.norm():.5f}; {'right' if right else 'WRONG'}"
