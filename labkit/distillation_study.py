@@ -362,3 +362,16 @@ def frontier(points, cost="size"):
             best = point["bits"]
             names.append(point["name"])
     return names
+
+
+# ---- published
+
+# Hinton, Vinyals and Dean 2015. MNIST, test errors of 10,000 (section 3, T = 20): the large net, the small one, and the
+# small one distilled. Speech, % of frames right (Table 1): one model, ten averaged, one distilled from the ten.
+PUBLISHED_HINTON = {"MNIST, errors": (67, 146, 74), "speech, % right": (61.1, 58.9, 60.8)}  # teacher, alone, distilled
+# DistilBERT (Sanh et al. 2019): GLUE score; DistilGPT2 (README of its training code): WikiText-103 perplexity.
+PUBLISHED_DISTILBERT = {"GLUE, BERT and DistilBERT": (79.5, 77.0), "perplexity, GPT-2 and DistilGPT2": (16.3, 21.1)}
+# MiniLLM (Gu et al. 2024), figure 1, read off the plot: GPT-4's score of students of GPT-2 1.5B, which has about 50.
+PUBLISHED_MINILLM = {"120M": (33, 37), "340M": (43.5, 46), "760M": (45.8, 48.4)}  # SeqKD, MiniLLM
+# QLoRA (Dettmers et al. 2023), Table 2: mean perplexity on Pile Common Crawl of 125M to 13B models, by 4-bit type.
+PUBLISHED_QLORA = {"Int4": 34.34, "Float4 (E2M1)": 31.07, "Float4 (E3M0)": 29.48, "NFloat4 + DQ": 27.41}

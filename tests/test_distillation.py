@@ -192,3 +192,26 @@ def test_bad_arguments(name, room):
     arguments = dict(student_logits=torch.zeros(2, 5), teacher_logits=torch.zeros(2, 5)) | change
     with pytest.raises(ValueError, match=rf"^{argument}\b.*: got .*expected"):
         room.kd_loss(**arguments)
+
+
+PLANTED_BUGS = [
+    ("kernels/distillation.py", "acc = alpha_t * (acc + l_t * moved)", "acc = alpha_t * acc"),
+    ("kernels/distillation.py", "acc = alpha_z * (acc - l_z * moved)", "acc = alpha_z * (acc + l_z * moved)"),
+    ("kernels/distillation.py", "d = acc / l_t - log_lt + log_lz", "d = acc / l_t - log_lt"),
+    ("kernels/distillation.py", "    base = _finite(new)\n", "    base = new\n"),
+    ("kernels/distillation.py", "return tl.where(weight > 0.0, weight * (loga - logb), 0.0)", "return weight * (loga - logb)"),
+    ("kernels/distillation.py", "tl.log2(beta * p + (1.0 - beta) * q)", "tl.log2((1.0 - beta) * p + beta * q)"),
+    ("kernels/distillation.py", "(row // inner) * stride_a + (row % inner) * stride_b", "row * stride_b"),
+    ("kernels/distillation.py", "        d = beta * kl_p + (1.0 - beta) * kl_q\n        expected = kl_q", "        d = beta * kl_p + (1.0 - beta) * kl_q\n        expected = d"),
+    ("kernels/distillation.py", "    grad *= temperature\n", ""),
+    ("kernels/distillation.py", "loss = square * LN2 * d", "loss = LN2 * d"),
+    ("kernels/distillation.py", "grad *= tl.load(weight_ptr + row * stride_w)", "grad *= tl.load(weight_ptr)"),
+    ("kernels/distillation.py", "loss += ce_weight * (LN2 * log_l1 + m_z - right)", "loss += ce_weight * (LN2 * log_lz + m_z - right)"),
+    ("kernels/distillation.py", "mask=cols < vocab, other=float(\"-inf\"))", "mask=cols < vocab, other=0.0)"),
+    ("labkit/distillation.py", "rows = temperature**2 * divergence", "rows = temperature * divergence"),
+    ("labkit/distillation.py", "        return expected_difference(logp, logq)\n    if", "        return expected_difference(logq, logp)\n    if"),
+    ("labkit/distillation.py", "torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))", "torch.logaddexp(q + math.log(beta), p + math.log1p(-beta))"),
+    ("labkit/distillation.py", "there = logp > -math.inf\n", "there = logp > math.inf\n"),
+    ("labkit/distillation.py", "rows.sum() / keep.sum().clamp(min=1)", "rows.mean()"),
+    ("labkit/distillation.py", "teacher_logits.detach()", "teacher_logits"),
+]

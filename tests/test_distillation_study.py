@@ -405,3 +405,27 @@ def test_try_loss(teacher, device):
         wrong = players.try_loss(other, sure, student, kind, 2, device=device)
         assert wrong.endswith("; WRONG")
         assert said.endswith("; right")
+
+
+PLANTED_BUGS = [
+    ("labkit/distillation_study.py", "2 ** (bits - 1) - 1\n    scale", "2 ** (bits - 1)\n    scale"),
+    ("labkit/distillation_study.py", ").bfloat16().to(w.dtype)\n    levels", ").to(w.dtype)\n    levels"),
+    ("labkit/distillation_study.py", "(-1, group or w.shape[1])", "(-1, w.shape[1])"),
+    ("labkit/distillation_study.py", "+ 2 * n * (k // (group or k))", ""),
+    ("labkit/distillation_study.py", "2 * 2 * context", "2 * context"),
+    ("labkit/distillation_study.py", "w + (as_stored(w, self.form) - w).detach()", "as_stored(w, self.form)"),
+    ("labkit/distillation_study.py", "        w = w.masked_fill(~self.mask, 0)\n", ""),
+    ("labkit/distillation_study.py", "model.layers[::2]", "model.layers[: len(model.layers) // 2]"),
+    ("labkit/distillation_study.py", "STUDENTS[which]), seed)", "STUDENTS[which]), 0)"),
+    ("labkit/distillation_study.py", "            self.kept[step] = y, self.logits(y).half()\n", "            return y, self.logits(y).half()\n"),
+    ("labkit/distillation_study.py", "        at = at[-1:] + 1\n", "        at = at[-1:]\n"),
+    ("labkit/distillation_study.py", "            teacher_logits = lessons.logits(y)\n", ""),
+    ("labkit/distillation_study.py", "peak * train.rate(step, r)", "peak"),
+    ("labkit/distillation_study.py", "bits = torch.tensor(2.0).log()", "bits = 1.0"),
+    ("labkit/distillation_study.py", "stored(model, form)\n    cost", "model\n    cost"),
+    ("labkit/distillation_study.py", "    shutil.rmtree(work, ignore_errors=True)\n", ""),
+    ("labkit/distillation_study.py", "    if not file.exists():\n", "    if True:\n"),
+    ("labkit/distillation_study.py", "if point[\"bits\"] < best:", "if point[\"bits\"] <= best:"),
+    ("labkit/distillation_players.py", "torch.tensor(share).log()", "torch.tensor(share)"),
+    ("labkit/distillation_players.py", "softened(logits, temperature)\n        top", "softened(logits, 1.0)\n        top"),
+]
