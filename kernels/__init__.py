@@ -45,9 +45,9 @@ def where() -> str:
     gpu = f"{name} (compute capability {major}.{minor})" if name and not amd else name
     if not INTERPRETED:
         return f"Kernels are compiled for {gpu or 'a GPU that torch does not see'}, torch {version}."
-    slow = "Kernels run in Triton's interpreter, on the CPU: right, on small sizes, and never timed."
+    slow = "Kernels run in Triton's interpreter on the CPU: right, on small sizes, and never timed."
     if not name:
-        return f"No GPU that torch {version} can use. {slow}"
+        return f"No GPU that torch {version} can use.\n{slow}"
     if not amd and (major, minor) < (8, 0):
-        return f"{gpu} is here, but Triton needs 8.0 (A100, RTX 30) or later. {slow}"
-    return f"{gpu} is here, but TRITON_INTERPRET=1 is set. {slow}"
+        return f"{gpu} is here, but Triton supports 8.0 (A100, RTX 30) and later.\n{slow}"
+    return f"{gpu} is here, but TRITON_INTERPRET=1 is set.\n{slow}"

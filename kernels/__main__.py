@@ -3,6 +3,7 @@
 record [topic ...]        measure every case on this GPU into labkit/results/<gpu>/, in at most 8 minutes
 record --dry [topic ...]  go through every case for correctness, on tiny sizes, anywhere; writes nothing
 codegen [topic ...]       compile every kernel ahead of time and judge what the compiler made of it
+codegen --table           write labkit/results/compiled.json: one call of every kernel, for seven GPUs
 experiments [name ...]    run the long CPU experiments into labkit/results/cpu/
 """
 
@@ -16,7 +17,7 @@ import time
 from dataclasses import replace
 
 import kernels
-from labkit import bench, codegen, record
+from labkit import bench, codegen, record, what_runs
 from labkit.comparison import Comparison
 
 SECONDS = 470.0
@@ -149,6 +150,30 @@ def compile_topics(names) -> int:
     return int(bad > 0)
 
 
+def table(names) -> int:
+    """Write what runs where. A kernel is run in the interpreter where a benchmark case calls it."""
+    cases, functions, interpreted = what_runs.representatives(names), {}, {}
+    by_home = sorted(cases, key=lambda name: kernel_of(name).__module__ != name.partition(":")[0])
+    for name in by_home:  # a function that two topics show stands once, where it is defined
+        functions.setdefault(kernel_of(name), name)
+    machine = bench.Machine(kernels.DEVICE, record.stamp(kernels.DEVICE))
+    for topic in topics("cases") if kernels.INTERPRETED else ():
+        for case in bench.topic_cases(topic, tiny=True):
+            name = functions.get(getattr(ops(topic), case.op))
+            if name and name not in interpreted:
+                plain = replace(case, peers={}, variants={}, without={})
+                interpreted[name] = bench.measure(topic, plain, ops(topic), machine)[0].verdict
+    made = what_runs.compile_table({name: cases[name] for name in cases if name in functions.values()}, interpreted)
+    what_runs.save(made)
+    print(what_runs.Table(made), *what_runs.Table(made).notes(), sep="\n")
+    return 0
+
+
+def kernel_of(name):
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
 def run_experiments(wanted) -> int:
     known = {name: e for module in topics("experiments").values() for name, e in module.experiments().items()}
     for name in chosen(known, wanted):
@@ -161,12 +186,13 @@ def main(arguments=None) -> int:
     parser.add_argument("command", choices=("record", "codegen", "experiments"))
     parser.add_argument("names", nargs="*")
     parser.add_argument("--dry", action="store_true", help="with record: check, do not measure")
+    parser.add_argument("--table", action="store_true", help="with codegen: write the table of the book")
     options = parser.parse_intermixed_args(arguments)
     if options.command == "experiments":
         return run_experiments(options.names)
     names = chosen(topics("cases" if options.command == "record" else "codegen_cases"), options.names)
     if options.command == "codegen":
-        return compile_topics(names)
+        return table(topics("codegen_cases")) if options.table else compile_topics(names)
     return dry(names) if options.dry else record_topics(names)
 
 

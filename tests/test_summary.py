@@ -70,7 +70,7 @@ def test_headlines_follow_the_record():
     ("interpreted", "capability", "expected"),
     [
         (True, None, "No GPU that torch"),
-        (True, (7, 5), "Tesla T4 (compute capability 7.5) is here, but Triton needs 8.0"),
+        (True, (7, 5), "Tesla T4 (compute capability 7.5) is here, but Triton supports 8.0"),
         (True, (8, 0), "but TRITON_INTERPRET=1 is set"),
         (False, (9, 0), "Kernels are compiled for Tesla T4 (compute capability 9.0)"),
     ],

@@ -1,0 +1,129 @@
+"""What runs where: one call of every public kernel, compiled for seven GPUs and run in the interpreter.
+
+`python -m kernels codegen --table` writes `results/compiled.json`; the page "What runs where" shows it, and says which
+kernels have changed since. The call is the first case that a topic declares of the function.
+The gate of the tests is stricter: it compiles every case for the four targets of `codegen.TARGETS`.
+"""
+
+import html
+import json
+
+from labkit import codegen
+from labkit.provenance import source_hash
+from labkit.record import RESULTS, stamp
+
+FILE = RESULTS / "compiled.json"
+TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
+
+
+def representatives(topics):
+    """{function: case}: the first case of each function that the topics declare."""
+    found = {}
+    for topic in topics:
+        for case in codegen.cases(topic):
+            found.setdefault(case.function, case)
+    return found
+
+
+def compile_table(cases, interpreted, targets=TARGETS):
+    """Compile the cases, {function: case}; return what `save` writes.
+
+    interpreted: {function: verdict of a run in the interpreter, "ok: ..." or "wrong: ..."}; others are in the tests.
+    """
+    rows = []
+    for target in targets:  # one process a target; below they come from the cache
+        codegen.compiled(list(cases.values()), (target,))
+    for function, case in cases.items():
+        row = {"function": function, "case": case.name, "interpreter": interpreted.get(function, "")}
+        row |= {"source_hash": source_hash(function), "targets": {}}
+        for target in targets:
+            made = codegen.compiled([case], (target,))
+            found = [problem for kernel in made for problem in codegen.problems(case, kernel)]
+            row["targets"][target] = {
+                "problems": list(dict.fromkeys(found)),
+                "spills": sum(kernel.get("spills", 0) for kernel in made),
+                "shared": max(kernel.get("shared", 0) for kernel in made),
+                "matrix": sorted({name for kernel in made for name in kernel.get("matrix", {})}),
+                "compiles": all("error" not in kernel for kernel in made),
+            }
+        rows.append(row)
+    versions = {key: value for key, value in stamp("").items() if key in ("torch", "triton", "date", "commit")}
+    return versions | {"targets": list(targets), "rows": rows}
+
+
+def save(table, path=FILE):
+    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
+def load(path=FILE):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def changed(table):
+    """The functions whose code is not the one that was compiled, or is gone."""
+
+    def now(function):
+        try:
+            return source_hash(function)
+        except ValueError:
+            return None
+
+    return [row["function"] for row in table["rows"] if now(row["function"]) != row["source_hash"]]
+
+
+def cell(result):
+    """One target's result: (verdict, shared memory and matrix instruction)."""
+    if not result["compiles"]:
+        return "does not compile", ""
+    verdict = [f"{result['spills']} spilled"] if result["spills"] else []
+    verdict += ["no matrix unit"] if any("matrix instruction" in problem for problem in result["problems"]) else []
+    verdict = ", ".join(verdict) or ("see below" if result["problems"] else "ok")
+    shared, unit = result["shared"], {name.split(".")[0].removeprefix("v_").split("_")[0] for name in result["matrix"]}
+    size = f"{shared / 1024:.3g} KiB" if shared >= 1024 else f"{shared} B"
+    return verdict, " ".join([size, *sorted(unit)])
+
+
+class Table:
+    """The table as the page shows it. `notes` lists every complaint, in the compiler's or the gate's words."""
+
+    def __init__(self, table):
+        self.table = table
+
+    def lines(self):
+        """Rows of pairs: what stands above, and what stands below it in small letters."""
+        devices = [(t, codegen.ALL_TARGETS[t].device) for t in self.table["targets"]]
+        lines = [[("kernel", "case"), ("interpreter", ""), *devices]]
+        for row in self.table["rows"]:
+            interpreter = row["interpreter"].partition(":")[0] or "in the tests"
+            cells = [cell(row["targets"][target]) for target in self.table["targets"]]
+            lines.append([(row["function"].removeprefix("kernels."), row["case"]), (interpreter, ""), *cells])
+        return lines
+
+    def notes(self):
+        """["problem: which kernels on which targets"]"""
+        found = {}
+        for row in self.table["rows"]:
+            for target, result in row["targets"].items():
+                for problem in result["problems"]:
+                    found.setdefault(problem, {}).setdefault(target, []).append(row["function"].partition(":")[2])
+        return [
+            f"{problem}: " + "; ".join(f"{target}, {', '.join(names)}" for target, names in where.items())
+            for problem, where in found.items()
+        ]
+
+    def __repr__(self):
+        lines = [[", ".join(filter(None, pair)) for pair in line] for line in self.lines()]
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+    def _repr_html_(self):
+        def pair(above, below):
+            return f"{html.escape(above)}<br><small>{html.escape(below)}</small>"
+
+        head, *body = ([pair(*texts) for texts in line] for line in self.lines())
+        heads = "".join(f'<th scope="col">{text}</th>' for text in head)
+        rows = "".join(
+            f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{text}</td>" for text in rest) + "</tr>"
+            for first, *rest in body
+        )
+        return f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
