@@ -90,7 +90,7 @@ class Table:
         self.table = table
 
     def lines(self):
-        """Rows of pairs: what stands above, and what stands below it in small letters."""
+        """Rows of pairs: what stands above, and what stands below it."""
         devices = [(t, codegen.ALL_TARGETS[t].device) for t in self.table["targets"]]
         lines = [[("kernel", "case"), ("interpreter", ""), *devices]]
         for row in self.table["rows"]:
@@ -118,7 +118,7 @@ class Table:
 
     def _repr_html_(self):
         def pair(above, below):
-            return f"{html.escape(above)}<br><small>{html.escape(below)}</small>"
+            return f"{html.escape(above)}<br>{html.escape(below)}"
 
         head, *body = ([pair(*texts) for texts in line] for line in self.lines())
         heads = "".join(f'<th scope="col">{text}</th>' for text in head)
