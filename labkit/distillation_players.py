@@ -84,19 +84,20 @@ def two_modes():
     return torch.logaddexp(*modes)
 
 
-def descend(options, mu, sigma=1.0, steps=STEPS[-1], lr=0.1):
-    """[(mu, sigma, loss)] of a bell that learns from the two modes, by Adam on `kd_loss`: the start, and each step."""
-    at = torch.tensor([mu, sigma], dtype=torch.float64)
-    at[1] = at[1].log()
-    at.requires_grad_()
-    optimizer, path = torch.optim.Adam([at], lr=lr), []
+def descend(options, starts, steps=STEPS[-1], lr=0.1):
+    """{start: [(mean, width, loss)]} of a bell that learns from the two modes, by Adam on `kd_loss`: at first and after
+    each step. All starts at once; Adam keeps them apart."""
+    mu = torch.tensor(starts, dtype=torch.float64, requires_grad=True)
+    log_sigma = torch.zeros_like(mu, requires_grad=True)
+    teacher, path = two_modes().expand(len(starts), -1), []
+    optimizer = torch.optim.Adam([mu, log_sigma], lr=lr)
     for _ in range(steps + 1):
-        loss = kd_loss(bell(at[0], at[1].exp()), two_modes(), **options)
-        path.append((at[0].item(), at[1].exp().item(), loss.item()))
+        loss = kd_loss(bell(mu[:, None], log_sigma.exp()[:, None]), teacher, reduction="none", **options)
+        path.append(torch.stack((mu, log_sigma.exp(), loss), 1).tolist())
         optimizer.zero_grad()
-        loss.backward()
+        loss.sum().backward()
         optimizer.step()
-    return path
+    return {start: [tuple(point[i]) for point in path] for i, start in enumerate(starts)}
 
 
 def between(logits):
@@ -114,10 +115,10 @@ def landscape_player(starts=(-3.0, 0.5, 3.0)):
     bells = bell(mu[None, :, None], sigma[:, None, None])  # [sigma, mu, X]
     teacher = two_modes().expand_as(bells)
     losses = {name: kd_loss(bells, teacher, reduction="none", **o) for name, o in DIVERGENCES.items()}
-    paths = {(name, start): descend(o, start) for name, o in DIVERGENCES.items() for start in starts}
+    paths = {name: descend(o, starts) for name, o in DIVERGENCES.items()}
 
     def frame(name, start, step):
-        loss, path = losses[name], paths[name, start]
+        loss, path = losses[name], paths[name][start]
         lowest, seen = loss.argmin().item(), [(nearest(SIGMAS, s), nearest(MUS, m)) for m, s, _ in path[: step + 1]]
 
         def cell(r, c):

@@ -364,13 +364,12 @@ def test_descents():
     assert p[players.X < 0].sum().item() == pytest.approx(0.6, abs=1e-3)
     ends = {}
     for name, options in players.DIVERGENCES.items():
-        for start in (-3.0, 3.0):
-            path = players.descend(options, start)
+        for start, path in players.descend(options, (-3.0, 3.0)).items():
             assert len(path) == players.STEPS[-1] + 1
             assert path[0][:2] == pytest.approx((start, 1.0))
             assert path[-1][2] < path[0][2]
             ends[name, start] = path[-1]
-    mu, sigma, _ = players.descend(players.DIVERGENCES["forward KL"], 3.0, steps=400)[-1]
+    mu, sigma, _ = players.descend(players.DIVERGENCES["forward KL"], (3.0,), steps=400)[3.0][-1]
     q = players.bell(mu, sigma).softmax(-1)
     assert (q * players.X).sum().item() == pytest.approx((p * players.X).sum().item(), abs=1e-5)
     assert (q * players.X**2).sum().item() == pytest.approx((p * players.X**2).sum().item(), rel=1e-5)
