@@ -7,7 +7,6 @@ stores them. So kernels upcast to fp32 before any arithmetic and go through `dot
 
 import functools
 
-import torch
 import triton
 import triton.language as tl
 
@@ -41,13 +40,6 @@ def device_properties() -> dict:
 def block_dim(head_dim: int) -> int:
     """Width of a tile that holds one head: a power of two, at least 16 (the matrix unit's depth)."""
     return max(16, triton.next_power_of_2(head_dim))
-
-
-def empty_parts(q: torch.Tensor, num_splits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for partial results of q [B, Hq, D]: part_o [B, Hq, S, D] and part_lse [B, Hq, S], fp32."""
-    batch, num_q_heads, head_dim = q.shape
-    part_o = torch.empty(batch, num_q_heads, num_splits, head_dim, dtype=torch.float32, device=q.device)
-    return part_o, torch.empty(batch, num_q_heads, num_splits, dtype=torch.float32, device=q.device)
 
 
 @triton.jit

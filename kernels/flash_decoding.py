@@ -17,7 +17,6 @@ from kernels._tile import (
     block_dim,
     cast,
     device_properties,
-    empty_parts,
     finish,
 )
 from labkit import args, splits
@@ -245,6 +244,19 @@ def _arrival_counters(q: torch.Tensor, count: int) -> torch.Tensor:
     return counters
 
 
+def split_outputs(o, lse, num_splits):
+    """Where a split kernel writes, as its arguments, and what to call after it.
+
+    A single split writes o [B, Hq, D] and lse [B, Hq] itself; several write partial results, which are then merged.
+    """
+    if num_splits == 1:
+        return (o, o.stride(0), o.stride(1), 0, o.stride(2), lse, *lse.stride(), 0), lambda: None
+    batch, num_q_heads, head_dim = o.shape
+    part_o = torch.empty(batch, num_q_heads, num_splits, head_dim, dtype=torch.float32, device=o.device)
+    part_lse = torch.empty(batch, num_q_heads, num_splits, dtype=torch.float32, device=o.device)
+    return (part_o, *part_o.stride(), part_lse, *part_lse.stride()), lambda: _launch_merge(part_o, part_lse, o, lse)
+
+
 def _launch_merge(part_o, part_lse, o, lse) -> None:
     batch, num_q_heads, num_splits, head_dim = part_o.shape
     _merge_kernel[(num_q_heads, batch)](
@@ -293,21 +305,14 @@ def flash_decoding(q, k, v, kv_lens, *, num_splits=None, sm_scale=None, one_laun
     inputs = (q, *q.stride(), k, *k.stride(), v, *v.stride(), kv_lens.contiguous())
     sizes = (max_kv_len, num_splits, group, args.scale(sm_scale, head_dim) * LOG2E.value)
     grid = (num_splits, num_kv_heads * tiles, batch)
-    if num_splits == 1:  # no partial results: write the output at once
-        _split_kernel[grid](
-            *inputs, o, o.stride(0), o.stride(1), 0, o.stride(2), lse, *lse.stride(), 0, *sizes,
-            HEAD_DIM=head_dim, **config,
-        )  # fmt: skip
-        return o, lse
-    part_o, part_lse = empty_parts(q, num_splits)
-    parts = (part_o, *part_o.stride(), part_lse, *part_lse.stride())
-    if one_launch:
+    outputs, merge_splits = split_outputs(o, lse, num_splits)
+    if one_launch and num_splits > 1:
         _one_launch_kernel[grid](
-            *inputs, *parts, o, *o.stride(), lse, *lse.stride(),
+            *inputs, *outputs, o, *o.stride(), lse, *lse.stride(),
             _arrival_counters(q, batch * num_kv_heads * tiles), *sizes,
             HEAD_DIM=head_dim, BLOCK_S=MERGE_BLOCK, **config,
         )  # fmt: skip
     else:
-        _split_kernel[grid](*inputs, *parts, *sizes, HEAD_DIM=head_dim, **config)
-        _launch_merge(part_o, part_lse, o, lse)
+        _split_kernel[grid](*inputs, *outputs, *sizes, HEAD_DIM=head_dim, **config)
+        merge_splits()
     return o, lse

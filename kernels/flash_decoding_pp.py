@@ -337,6 +337,53 @@ def gemv(x, w):
 
 
 @triton.jit
+def store_share(
+    acc, y_ptrs, mask_y, part_ptr, stride_pp, stride_pn, arrived_ptr, pid_k,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of y; of a tile that SPLIT_K programs share, the one that arrives last adds up all their sums.
+
+    acc [BLOCK_N, BLOCK_M]: this program's sum over its piece of K; part_ptr, arrived_ptr: the tile's own scratch.
+    """
+    if SPLIT_K == 1:
+        tl.store(y_ptrs, cast(acc, y_ptrs.dtype.element_ty), mask=mask_y)
+    else:
+        at = tl.arange(0, BLOCK_N)[:, None] * stride_pn + tl.arange(0, BLOCK_M)[None, :]
+        tl.store(part_ptr + pid_k * stride_pp + at, acc)
+        # All threads must have stored before one of them announces it (Triton 3.6 adds no barrier here).
+        tl.debug_barrier()
+        if tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1:
+            acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            for s in range(SPLIT_K):  # always in this order: the same sum in every run, which atomics would not give
+                acc += tl.load(part_ptr + s * stride_pp + at, cache_modifier=".cg")
+            tl.store(y_ptrs, cast(acc, y_ptrs.dtype.element_ty), mask=mask_y)
+            tl.store(arrived_ptr, 0)
+
+
+def cut_k(tiles: int, num_blocks: int) -> int:
+    """How many programs share a tile: two programs an SM, unless a program would then have fewer than four blocks."""
+    split_k = min(triton.cdiv(2 * device_properties()["multiprocessor_count"], tiles), max(1, num_blocks // 4))
+    return max(1, triton.cdiv(num_blocks, max(1, triton.cdiv(num_blocks, split_k))))  # none of them empty
+
+
+def launch_tiles(kernel, inputs, y, k, config, **constants) -> None:
+    """Launch a kernel that ends with `store_share`, one program a tile of y [M, N] and piece of K, with its scratch."""
+    m, n = y.shape
+    block_m, block_n, block_k, split_k = (config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
+    k_per_split = triton.cdiv(triton.cdiv(k, block_k), split_k) * block_k
+    grid = (split_k, triton.cdiv(n, block_n), triton.cdiv(m, block_m))
+    part = arrived = y
+    if split_k > 1:
+        num_tiles = grid[1] * grid[2]
+        part = torch.empty(num_tiles * split_k, block_n, block_m, dtype=torch.float32, device=y.device)
+        arrived = _arrival_counters(y, num_tiles)
+    kernel[grid](
+        *inputs, y, *y.stride(), part, part.stride(0), part.stride(1), arrived, m, n, k, k_per_split,
+        **constants, **config,
+    )  # fmt: skip
+
+
+@triton.jit
 def _flat_gemm_kernel(
     x_ptr, stride_xm, stride_xk,  # [M, K]
     w_ptr, stride_wn, stride_wk,  # [N, K]
@@ -370,20 +417,10 @@ def _flat_gemm_kernel(
         x_ptrs += BLOCK_K * stride_xk
     y_ptrs = y_ptr + offs_m[None, :] * stride_ym + offs_n[:, None] * stride_yn
     mask_y = mask_n & (offs_m < m)[None, :]
-    if SPLIT_K == 1:
-        tl.store(y_ptrs, cast(acc, y_ptr.dtype.element_ty), mask=mask_y)
-    else:
-        at = tl.arange(0, BLOCK_N)[:, None] * stride_pn + tl.arange(0, BLOCK_M)[None, :]
-        part_ptr += tile.to(tl.int64) * SPLIT_K * stride_pp
-        tl.store(part_ptr + pid_k * stride_pp + at, acc)
-        # All threads must have stored before one of them announces it (Triton 3.6 adds no barrier here).
-        tl.debug_barrier()
-        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1:
-            acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            for s in range(SPLIT_K):  # always in this order: the same sum in every run, which atomics would not give
-                acc += tl.load(part_ptr + s * stride_pp + at, cache_modifier=".cg")
-            tl.store(y_ptrs, cast(acc, y_ptr.dtype.element_ty), mask=mask_y)
-            tl.store(arrived_ptr + tile, 0)
+    part_ptr += tile.to(tl.int64) * SPLIT_K * stride_pp
+    store_share(
+        acc, y_ptrs, mask_y, part_ptr, stride_pp, stride_pn, arrived_ptr + tile, pid_k, BLOCK_M, BLOCK_N, SPLIT_K
+    )
 
 
 def flat_config(dtype: torch.dtype, m: int, n: int, k: int, pad: int | None = None) -> dict:
@@ -399,11 +436,7 @@ def flat_config(dtype: torch.dtype, m: int, n: int, k: int, pad: int | None = No
     room = device_properties()["max_shared_mem"] // ((block_n + pad) * block_k * dtype.itemsize)
     num_stages = max(1, min(4, room))
     tiles = triton.cdiv(n, block_n) * triton.cdiv(m, pad)
-    num_blocks = triton.cdiv(k, block_k)
-    # Two programs an SM, unless a program would then have fewer than four blocks.
-    split_k = min(triton.cdiv(2 * device_properties()["multiprocessor_count"], tiles), max(1, num_blocks // 4))
-    per_split = max(1, triton.cdiv(num_blocks, split_k))
-    split_k = max(1, triton.cdiv(num_blocks, per_split))  # none of them empty
+    split_k = cut_k(tiles, triton.cdiv(k, block_k))
     return dict(
         BLOCK_M=pad, BLOCK_N=block_n, BLOCK_K=block_k, SPLIT_K=split_k, num_warps=4, num_stages=num_stages
     )  # fmt: skip
@@ -434,16 +467,6 @@ def flat_gemm(x, w, *, pad=None):
     if y.numel() == 0:
         return y
     config = flat_config(x.dtype, m, n, k, pad)
-    block_m, block_n, block_k, split_k = (config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
-    k_per_split = triton.cdiv(triton.cdiv(k, block_k), split_k) * block_k
-    grid = (split_k, triton.cdiv(n, block_n), triton.cdiv(m, block_m))
-    part = arrived = y
-    if split_k > 1:
-        num_tiles = grid[1] * grid[2]
-        part = torch.empty(num_tiles * split_k, block_n, block_m, dtype=torch.float32, device=x.device)
-        arrived = _arrival_counters(x, num_tiles)
-    _flat_gemm_kernel[grid](
-        x, *x.stride(), w, *w.stride(), y, *y.stride(), part, part.stride(0), part.stride(1), arrived,
-        m, n, k, k_per_split, EVEN_K=k % block_k == 0, **config,
-    )  # fmt: skip
+    inputs = (x, *x.stride(), w, *w.stride())
+    launch_tiles(_flat_gemm_kernel, inputs, y, k, config, EVEN_K=k % config["BLOCK_K"] == 0)
     return y

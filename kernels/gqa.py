@@ -5,9 +5,9 @@ Both functions are Flash-Decoding and launch the same kernel; they differ in how
 
 import torch
 
-from kernels._tile import LOG2E, device_properties, empty_parts
+from kernels._tile import LOG2E, device_properties
 from kernels.attention import attention  # noqa: F401  (prefill: timed beside them, under this topic's name)
-from kernels.flash_decoding import _launch_merge, _split_kernel, flash_decoding, split_config
+from kernels.flash_decoding import _split_kernel, flash_decoding, split_config, split_outputs
 from labkit import args, splits
 
 
@@ -37,18 +37,13 @@ def gqa_decoding(q, k, v, kv_lens, *, num_splits=None, sm_scale=None, heads=None
     tiles = num_q_heads // heads  # programs of a sequence and split
     if num_splits is None:  # the rule sees the programs that there are, so each version gets the splits that suit it
         num_splits = splits.choose(batch * tiles, device_properties()["multiprocessor_count"], max_kv_len, head_dim)
-    if num_splits == 1:  # no partial results: write the output at once
-        outputs = (o, o.stride(0), o.stride(1), 0, o.stride(2), lse, *lse.stride(), 0)
-    else:
-        part_o, part_lse = empty_parts(q, num_splits)
-        outputs = (part_o, *part_o.stride(), part_lse, *part_lse.stride())
+    outputs, merge_splits = split_outputs(o, lse, num_splits)
     _split_kernel[(num_splits, tiles, batch)](
         q, *q.stride(), k, *k.stride(), v, *v.stride(), kv_lens.contiguous(), *outputs,
         max_kv_len, num_splits, heads, args.scale(sm_scale, head_dim) * LOG2E.value,
         HEAD_DIM=head_dim, TILES=group // heads, **split_config(q.dtype, head_dim, heads),
     )  # fmt: skip
-    if num_splits > 1:
-        _launch_merge(part_o, part_lse, o, lse)
+    merge_splits()
     return o, lse
 
 

@@ -15,13 +15,12 @@ from kernels._tile import (
     block_dim,
     cast,
     device_properties,
-    empty_parts,
     finish,
 )
 from kernels.flash_decoding import (  # flash_decoding: timed beside paged_decoding, under this topic's name
-    _launch_merge,
     flash_decoding,  # noqa: F401
     split_config,
+    split_outputs,
 )
 from labkit import args, splits
 
@@ -156,19 +155,14 @@ def paged_decoding(
     config = split_config(q.dtype, head_dim, group)
     if q.dtype == torch.float32:  # multiplied without the matrix unit: with fewer threads the tile spills
         config["num_warps"] = 8
-    if num_splits == 1:  # no partial results: write the output at once
-        outputs = (o, o.stride(0), o.stride(1), 0, o.stride(2), lse, *lse.stride(), 0)
-    else:
-        part_o, part_lse = empty_parts(q, num_splits)
-        outputs = (part_o, *part_o.stride(), part_lse, *part_lse.stride())
+    outputs, merge_splits = split_outputs(o, lse, num_splits)
     _paged_split_kernel[(num_splits, num_kv_heads, batch)](
         q, *q.stride(), k_pages, *k_pages.stride(), v_pages, *v_pages.stride(), block_table, *block_table.stride(),
         kv_lens.contiguous(), *outputs,
         num_pages, max_kv_len, num_splits, group, args.scale(sm_scale, head_dim) * LOG2E.value,
         PAGE_SIZE=page_size, READ_AHEAD=read_ahead, HEAD_DIM=head_dim, **config,
     )  # fmt: skip
-    if num_splits > 1:
-        _launch_merge(part_o, part_lse, o, lse)
+    merge_splits()
     return o, lse
 
 

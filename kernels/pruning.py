@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._tile import cast, device_properties, dot
-from kernels.flash_decoding_pp import _arrival_counters, flat_gemm, gemv
+from kernels._tile import cast, dot
+from kernels.flash_decoding_pp import cut_k, flat_gemm, gemv, launch_tiles, store_share
 from labkit import args
 
 __all__ = ["flat_gemm", "gemv", "matmul_24", "wanda_mask"]
@@ -136,20 +136,10 @@ def _matmul_24_kernel(
         acc += dot(expand(values, meta, BLOCK_N, GROUPS), tl.trans(x))
     y_ptrs = y_ptr + offs_m[None, :] * stride_ym + offs_n[:, None] * stride_yn
     mask_y = mask_n & (offs_m < m)[None, :]
-    if SPLIT_K == 1:
-        tl.store(y_ptrs, cast(acc, y_ptr.dtype.element_ty), mask=mask_y)
-    else:
-        at = tl.arange(0, BLOCK_N)[:, None] * stride_pn + tl.arange(0, BLOCK_M)[None, :]
-        part_ptr += tile.to(tl.int64) * SPLIT_K * stride_pp
-        tl.store(part_ptr + pid_k * stride_pp + at, acc)
-        # All threads must have stored before one of them announces it (Triton 3.6 adds no barrier here).
-        tl.debug_barrier()
-        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1:
-            acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            for s in range(SPLIT_K):  # always in this order: the same sum in every run
-                acc += tl.load(part_ptr + s * stride_pp + at, cache_modifier=".cg")
-            tl.store(y_ptrs, cast(acc, y_ptr.dtype.element_ty), mask=mask_y)
-            tl.store(arrived_ptr + tile, 0)
+    part_ptr += tile.to(tl.int64) * SPLIT_K * stride_pp
+    store_share(
+        acc, y_ptrs, mask_y, part_ptr, stride_pp, stride_pn, arrived_ptr + tile, pid_k, BLOCK_M, BLOCK_N, SPLIT_K
+    )
 
 
 def config_24(dtype: torch.dtype, m: int, n: int, k: int) -> dict:
@@ -157,11 +147,7 @@ def config_24(dtype: torch.dtype, m: int, n: int, k: int) -> dict:
     block_m = min(64, max(16, triton.next_power_of_2(m)))
     block_n, block_k = (32, 64) if dtype == torch.float32 else (64, 128)
     tiles = triton.cdiv(n, block_n) * triton.cdiv(m, block_m)
-    num_blocks = triton.cdiv(k, block_k)
-    # Two programs an SM, unless a program would then have fewer than four blocks.
-    split_k = min(triton.cdiv(2 * device_properties()["multiprocessor_count"], tiles), max(1, num_blocks // 4))
-    per_split = max(1, triton.cdiv(num_blocks, split_k))
-    split_k = max(1, triton.cdiv(num_blocks, per_split))  # none of them empty
+    split_k = cut_k(tiles, triton.cdiv(k, block_k))
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, SPLIT_K=split_k, num_warps=4, num_stages=3)
 
 
@@ -176,25 +162,14 @@ def matmul_24(x, values, meta):
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    inputs = (x, *x.stride(), values, *values.stride(), meta, *meta.stride(), y, *y.stride())
+    inputs = (x, *x.stride(), values, *values.stride(), meta, *meta.stride())
     if m == 1:
         block_k = min(4096 // x.element_size(), max(16, triton.next_power_of_2(k)))
         _gemv_24_kernel[(triton.cdiv(n, 4), m)](
-            *inputs, n, k, BLOCK_N=4, BLOCK_K=block_k, STAGES=3, num_warps=4,
+            *inputs, y, *y.stride(), n, k, BLOCK_N=4, BLOCK_K=block_k, STAGES=3, num_warps=4,
         )  # fmt: skip
         return y
-    config = config_24(x.dtype, m, n, k)
-    block_m, block_n, block_k, split_k = (config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
-    k_per_split = triton.cdiv(triton.cdiv(k, block_k), split_k) * block_k
-    grid = (split_k, triton.cdiv(n, block_n), triton.cdiv(m, block_m))
-    part = arrived = y
-    if split_k > 1:
-        num_tiles = grid[1] * grid[2]
-        part = torch.empty(num_tiles * split_k, block_n, block_m, dtype=torch.float32, device=x.device)
-        arrived = _arrival_counters(x, num_tiles)
-    _matmul_24_kernel[grid](
-        *inputs, part, part.stride(0), part.stride(1), arrived, m, n, k, k_per_split, **config
-    )  # fmt: skip
+    launch_tiles(_matmul_24_kernel, inputs, y, k, config_24(x.dtype, m, n, k))
     return y
 
 

@@ -9,11 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._tile import LOG2E, block_dim, cast, device_properties, dot, empty_parts, finish, softmax_step
+from kernels._tile import LOG2E, block_dim, cast, device_properties, dot, finish, softmax_step
 from kernels.flash_decoding import (  # flash_decoding: timed beside sink_decoding, under this topic's name
-    _launch_merge,
     flash_decoding,  # noqa: F401
     split_config,
+    split_outputs,
     tiles_per_group,
 )
 from labkit import args, splits
@@ -150,17 +150,12 @@ def sink_decoding(
     group = num_q_heads // num_kv_heads
     tiles = tiles_per_group(head_dim, group)
     group //= tiles
-    if num_splits == 1:  # no partial results: write the output at once
-        outputs = (o, o.stride(0), o.stride(1), 0, o.stride(2), lse, *lse.stride(), 0)
-    else:
-        part_o, part_lse = empty_parts(q, num_splits)
-        outputs = (part_o, *part_o.stride(), part_lse, *part_lse.stride())
+    outputs, merge_splits = split_outputs(o, lse, num_splits)
     _sink_split_kernel[(num_splits, num_kv_heads * tiles, batch)](
         q, *q.stride(), k_ring, *k_ring.stride(), v_ring, *v_ring.stride(), seen.contiguous(),
         cos, *cos.stride(), sin, *sin.stride(), *outputs,
         num_sinks, window, num_splits, group, args.scale(sm_scale, head_dim) * LOG2E.value,
         HEAD_DIM=head_dim, TILES=tiles, **sink_config(q.dtype, head_dim, group),
     )  # fmt: skip
-    if num_splits > 1:
-        _launch_merge(part_o, part_lse, o, lse)
+    merge_splits()
     return o, lse

@@ -180,10 +180,15 @@ def write_kv(k, v, k_pages, v_pages, slots, dtypes=FLOATS) -> None:
     tensor("v", v, tuple(k.shape), like=k, dtype=k.dtype)
     num_pages, page_size, num_kv_heads, _ = pages(k_pages, v_pages, k, k.shape[2])
     expect(num_kv_heads == k.shape[1], "k_pages (num_kv_heads)", num_kv_heads, str(k.shape[1]))
-    tensor("slots", slots, (k.shape[0],), like=k, dtype=torch.int64)
+    slot_numbers(slots, k, num_pages * page_size)
+
+
+def slot_numbers(slots, new, num_slots) -> None:
+    """Check slots [N] int64: one for each row of new [N, ...], below num_slots; a negative one is skipped."""
+    tensor("slots", slots, (new.shape[0],), like=new, dtype=torch.int64)
     if slots.numel() and checks_values(slots):
-        top = int(slots.max())  # a negative one is skipped
-        expect(top < num_pages * page_size, "slots", f"values up to {top}", f"below {num_pages * page_size}")
+        top = int(slots.max())
+        expect(top < num_slots, "slots", f"values up to {top}", f"below {num_slots}")
 
 
 def ragged(q, k_pages, v_pages, block_table, q_starts, kv_lens, dtypes=FLOATS) -> tuple[int, int, int, int, int]:
@@ -295,10 +300,7 @@ def rope_write_kv(qkv, bias, cos, sin, k_pages, v_pages, slots, dtypes=FLOATS) -
         tensor("bias", bias, (width,), like=qkv, dtype=qkv.dtype)
     angles("cos", cos, (num_tokens,), qkv, dim)
     angles("sin", sin, (num_tokens,), qkv, dim)
-    tensor("slots", slots, (num_tokens,), like=qkv, dtype=torch.int64)
-    if slots.numel() and checks_values(slots):
-        top = int(slots.max())  # a negative one is skipped
-        expect(top < num_pages * page_size, "slots", f"values up to {top}", f"below {num_pages * page_size}")
+    slot_numbers(slots, qkv, num_pages * page_size)
     return num_tokens, num_q_heads, num_kv_heads, dim
 
 

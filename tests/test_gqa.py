@@ -455,7 +455,7 @@ PLANTED_BUGS = [
     ("kernels/gqa.py", "max_kv_len, num_splits, heads, args", "max_kv_len, num_splits, group, args"),
     ("kernels/gqa.py", "group % heads == 0", "num_q_heads % heads == 0"),
     ("kernels/gqa.py", "sm_scale=sm_scale, heads=1)", "sm_scale=sm_scale)"),
-    ("kernels/gqa.py", "    if num_splits > 1:", "    if num_splits > 2:"),
+    ("kernels/gqa.py", "    merge_splits()", "    pass"),
     ("kernels/gqa.py", "flash_decoding(q, k, v, kv_lens, num_splits=num_splits, sm_scale=sm_scale)", "flash_decoding(q, k, v, kv_lens, num_splits=num_splits)"),
     ("labkit/trace.py", "home or module", "module"),
     ("labkit/gqa.py", "2 * num_layers * num_kv_heads", "num_layers * num_kv_heads"),

@@ -800,7 +800,7 @@ PLANTED_BUGS = [
     ("labkit/paged_attention.py", "position % page_size)[(page >= 0)", "position)[(page >= 0)"),
     ("labkit/paged_attention.py", "kept = (slots >= 0) &", "kept ="),
     ("labkit/args.py", "block_table[used], 0, num_pages - 1", "block_table[used], 0, num_pages"),
-    ("labkit/args.py", "expect(top < num_pages * page_size", "expect(top <= num_pages * page_size"),
+    ("labkit/args.py", "expect(top < num_slots", "expect(top <= num_slots"),
     ("labkit/kv_memory.py", "(num_slots - 1).bit_length()", "num_slots.bit_length()"),
     ("labkit/kv_memory.py", "offset ^ size in", "offset + size in"),
     ("labkit/kv_memory.py", "offset & ~size, 2 * size", "offset, 2 * size"),
