@@ -10,6 +10,7 @@ from labkit import distillation as ref
 from labkit.check import assert_matches, randn
 from tests.test_flash_decoding import nan_in_fresh_memory
 
+pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) encountered:RuntimeWarning")
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
 

@@ -17,6 +17,7 @@ from labkit.gqa import kv_bytes_per_token
 from labkit.model import TEACHER, Config, Llama
 from labkit.sparse24 import pack_24
 
+pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) encountered:RuntimeWarning")
 TEXT = torch.tensor(corpus.encode("def keep(x):\n    return x\n\n") * 700)
 SMALL = train.Recipe(seed=3, steps=2, batch=2, length=32, warmup=1)
 
