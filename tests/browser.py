@@ -75,3 +75,35 @@ def operate(tab, player):
     if not fields and not player.query_selector("input, .lab-yours"):
         wrong.append(f"{title}: nothing to operate")
     return wrong
+
+
+def low_contrast(tab):
+    """Visible text with less contrast than WCAG AA asks for: 4.5 : 1, large text 3 : 1. Not equations and drawings."""
+    return tab.evaluate(
+        """() => {
+  const numbers = (c) => { const [r, g, b, a = 1] = c.match(/[\\d.]+/g).map(Number); return [r, g, b, a]; };
+  const over = (a, b) => [0, 1, 2].map((i) => a[i] * a[3] + b[i] * (1 - a[3])).concat(1);
+  const linear = (x) => (x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+  const luminance = (c) => [0.2126, 0.7152, 0.0722].reduce((sum, w, i) => sum + w * linear(c[i] / 255), 0);
+  const behind = (element) => {
+    const layers = [];
+    for (let e = element; e; e = e.parentElement) {
+      layers.push(numbers(getComputedStyle(e).backgroundColor));
+      if (layers.at(-1)[3] === 1) break;
+    }
+    return layers.reverse().reduce((below, layer) => over(layer, below), [255, 255, 255, 1]);
+  };
+  const found = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let text; (text = walk.nextNode());) {
+    const e = text.parentElement;
+    if (!text.data.trim() || e.closest("mjx-container, svg, script, style, [disabled]")) continue;
+    if (!e.checkVisibility({ visibilityProperty: true, opacityProperty: true })) continue;
+    const style = getComputedStyle(e), back = behind(e), front = over(numbers(style.color), back);
+    const [low, high] = [luminance(front), luminance(back)].sort((a, b) => a - b), size = parseFloat(style.fontSize);
+    const enough = size >= 24 || (size >= 18.66 && style.fontWeight >= 700) ? 3 : 4.5;
+    const ratio = (high + 0.05) / (low + 0.05);
+    if (ratio < enough - 0.01) found.push(`${ratio.toFixed(2)} : 1, ${text.data.trim().slice(0, 60)}`);
+  }
+  return [...new Set(found)];
+}"""
+    )

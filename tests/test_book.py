@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
-from browser import chromium, operate, overflow, page
+from browser import chromium, low_contrast, operate, overflow, page
 from bs4 import BeautifulSoup
 
 from labkit.notebooks import ROOT
@@ -187,8 +187,8 @@ def test_links_inside_the_book_lead_somewhere(book, pages):
 
 
 def test_every_page_in_a_browser(book, pages):
-    """No console error, no request but for files, no sideways scrolling in both themes and on a phone, equations set,
-    every player works by the keyboard."""
+    """No console error, no request but for files, no sideways scrolling in both themes and on a phone, enough contrast,
+    equations set, every player works by the keyboard."""
     with chromium() as browser:
         for name, soup in pages.items():
             with page(browser, (book / f"{name}.html").as_uri()) as tab:
@@ -200,6 +200,8 @@ def test_every_page_in_a_browser(book, pages):
                 for scheme in ("light", "dark"):
                     tab.emulate_media(color_scheme=scheme)
                     tab.wait_for_function(f"document.documentElement.dataset.theme === '{scheme}'", timeout=5000)
+                    pale = low_contrast(tab)
+                    assert not pale, f"{name}: too little contrast, {scheme}: {pale[:5]}"
                     for width in (1280, 390):
                         tab.set_viewport_size({"width": width, "height": 900})
                         assert overflow(tab) <= 0, f"{name}: wider than the window, {scheme}, {width} px"
@@ -207,3 +209,65 @@ def test_every_page_in_a_browser(book, pages):
                 assert len(players) == len(soup.select(".lab-player"))
                 wrong = [problem for player in players for problem in operate(tab, player)]
                 assert not wrong, f"{name}: {wrong}"
+
+
+def test_contrast_is_noticed(tmp_path):
+    path = tmp_path / "page.html"
+    grey = '<p style="color: #888">pale</p><p style="color: #888; font-size: 30px">large</p>'
+    boxed = '<div style="background: #123"><p style="color: #000">dark</p><p style="color: #fff">white</p></div>'
+    path.write_text(f"<!doctype html><body>{grey}{boxed}<p hidden style='color: #fff'>nobody sees it</p>", encoding="utf-8")
+    with chromium() as browser, page(browser, path.as_uri()) as tab:
+        assert [text.split(", ")[1] for text in low_contrast(tab)] == ["pale", "dark"]
+
+
+def test_every_figure_has_a_caption(pages):
+    for name, soup in pages.items():
+        bare = [str(f)[:120] for f in soup.select("article figure") if not f.figcaption and not f.select_one("input[type=number], .lab-yours")]
+        assert not bare, f"{name}: {bare}"
+        nameless = [str(svg)[:120] for svg in soup.select("article svg") if not svg.get("aria-label")]
+        assert not nameless, f"{name}: {nameless}"
+
+
+def test_the_map_works_by_the_keyboard(book, pages):
+    with chromium() as browser, page(browser, (book / "chapters/one_step.html").as_uri()) as tab:
+        link = tab.locator(".lab-map a[href]").first
+        target = link.get_attribute("href")
+        assert f"chapters/{target.removesuffix('.html')}" in DOCUMENTS
+        link.focus()
+        tab.keyboard.press("Enter")
+        tab.wait_for_url(f"**/{target}")
+
+
+def test_chapters_say_what_came_before_and_what_comes_next(pages):
+    """The theme's links are joined by a sentence from _config.yml, on every chapter but where there is nothing."""
+    chapters = [name for name in DOCUMENTS if re.search(r"/\d\d_", name)]
+    for name in chapters:
+        before, *_ = pages[name].select(".lab-recap")
+        assert before.get_text().startswith("Before: "), name
+        after = pages[name].select_one("aside.lab-recap").get_text()
+        assert "In a sentence." in after
+        assert ("Next: " in after) == (name != chapters[-1]), name
+
+
+def test_a_page_on_paper(book):
+    """Title, text and the players' pictures; no menus, no controls. The question of a prediction can be read."""
+    with chromium() as browser, page(browser, (book / "chapters/01_flash_decoding.html").as_uri()) as tab:
+        tab.emulate_media(media="print")
+        for selector in (".bd-sidebar-primary", ".bd-header-article", ".prev-next-footer", ".lab-player button", ".copybtn"):
+            assert not any(e.is_visible() for e in tab.query_selector_all(selector)), selector
+        assert any(e.is_visible() for e in tab.query_selector_all("h1"))
+        assert tab.get_by_text("How many times faster is the split kernel").last.is_visible()
+        assert all(e.is_visible() for e in tab.query_selector_all(".lab-stage"))
+        assert tab.query_selector("details:not([open])"), "solutions stay folded"
+
+
+def test_every_reference_can_be_found():
+    text = (ROOT / "chapters" / "references.bib").read_text(encoding="utf-8")
+    entries = re.split(r"^@", text, flags=re.MULTILINE)[1:]
+    assert len(entries) > 30
+    for entry in entries:
+        key = entry.split("{")[1].split(",")[0]
+        assert re.search(r"\b(?:doi|eprint|url) = \{[^}]+\}", entry), f"{key}: no DOI, arXiv number or address"
+        number = re.search(r"eprint = \{([^}]*)\}", entry)
+        assert not number or re.fullmatch(r"\d{4}\.\d{4,5}", number[1]), f"{key}: {number[1]} is not an arXiv number"
+        assert not number or f"arxiv.org/abs/{number[1]}" in entry or "arxiv.org" not in entry, f"{key}: two arXiv numbers"
