@@ -11,7 +11,7 @@ NOTEBOOK_ENV := OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AV
 JOBS ?= 2
 
 .DEFAULT_GOAL := book
-.PHONY: book test lab chapters record experiments train bugs lint clean
+.PHONY: book test lab chapters record experiments train table bugs lint clean
 
 book: .venv/ready
 	.venv/bin/jupyter-book build . --path-output . -W -n --keep-going -q
@@ -35,6 +35,11 @@ experiments: .venv/ready
 
 train: .venv/ready
 	$(PY) -m labkit.train
+
+# What runs where: compiles one call of every kernel for seven GPUs. Minutes; then run the page again.
+table: .venv/ready
+	$(PY) -m kernels codegen --table
+	$(PY) -m labkit.notebooks run chapters/what_runs_where.ipynb
 
 # Plants the bugs listed in the test files, one at a time, in a copy, and shows that the tests catch them. Minutes.
 bugs: .venv/ready-test

@@ -160,3 +160,16 @@ def test_in_a_browser(tmp_path):
                 numbers = [float(x) for x in re.findall(r"[\d.e-]+(?=%)", style)]
                 assert item[0] == color
                 assert [float(x.rstrip("%")) for x in item[1:]] == pytest.approx(numbers, abs=0.01), choice
+
+
+PLANTED_BUGS = [
+    ("labkit/step_model.py", '"weights - 2 * embedding + used"', '"weights + used"'),
+    ("labkit/step_model.py", "2 * params - pruned * 0.875", "2 * params - pruned * 1.0"),
+    ("labkit/step_model.py", "paged * 16 * ceil(kept / 16)", "paged * 16 * floor(kept / 16 + 1)"),
+    ("labkit/step_model.py", "min(context, 2048)", "max(context, 2048)"),
+    ("labkit/step_model.py", "harmonic(max(1, running))", "max(1, running)"),
+    ("labkit/step_model.py", "0.9 * memory", "memory"),
+    ("labkit/simulator.js", "s.weights + s.used, s.weights + s.used + s.empty", "s.weights + s.used, s.weights + s.empty"),
+    ("labkit/simulator.js", "switches.map(() => 0)", "switches.map(() => 1)"),
+    ("labkit/step_map.py", 'aria-label="{what}"><title>{what}', 'aria-label="{words}"><title>{what}'),
+]
