@@ -96,7 +96,8 @@ class Table:
         for row in self.table["rows"]:
             interpreter = row["interpreter"].partition(":")[0] or "in the tests"
             cells = [cell(row["targets"][target]) for target in self.table["targets"]]
-            lines.append([(row["function"].removeprefix("kernels."), row["case"]), (interpreter, ""), *cells])
+            name = row["function"].removeprefix("kernels.").replace(":", ": ")
+            lines.append([(name, row["case"]), (interpreter, ""), *cells])
         return lines
 
     def notes(self):
@@ -126,4 +127,4 @@ class Table:
             f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{text}</td>" for text in rest) + "</tr>"
             for first, *rest in body
         )
-        return f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+        return f'<table style="white-space: normal"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
