@@ -11,7 +11,7 @@ NOTEBOOK_ENV := OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AV
 JOBS ?= 2
 
 .DEFAULT_GOAL := book
-.PHONY: book test lab chapters record experiments train table bugs lint clean
+.PHONY: book test lab chapters record experiments train table bugs sanitize lint clean
 
 book: .venv/ready
 	.venv/bin/jupyter-book build . --path-output . -W -n --keep-going -q
@@ -44,6 +44,14 @@ table: .venv/ready
 # Plants the bugs listed in the test files, one at a time, in a copy, and shows that the tests catch them. Minutes.
 bugs: .venv/ready-test
 	$(PY) tests/planted_bugs.py $(TOPIC)
+
+# Looks for accesses out of bounds and for races, on a GPU, while the tests run the kernels. compute-sanitizer comes
+# with the CUDA toolkit; under it the tests take an hour or more (TESTS=tests/test_gqa.py for one file).
+sanitize: .venv/ready-test
+	@command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is missing; it comes with NVIDIA's CUDA toolkit"; exit 1; }
+	for tool in memcheck racecheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(PY) -m pytest -q --on-device $(TESTS) || exit 1; done
 
 lint: .venv/ready-test
 	$(PY) -m ruff check .

@@ -13,3 +13,12 @@ import kernels
 @pytest.fixture(scope="session")
 def device() -> str:
     return kernels.DEVICE
+
+
+def pytest_addoption(parser):
+    parser.addoption("--on-device", action="store_true", help="only the tests that run kernels (`make sanitize`)")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--on-device"):
+        items[:] = [item for item in items if "device" in item.fixturenames]
