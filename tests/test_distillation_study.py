@@ -1,3 +1,4 @@
+import hashlib
 import json
 from dataclasses import asdict, replace
 
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
 from kernels import distillation as kd
-from labkit import corpus, train
+from labkit import corpus, record, train
 from labkit import distillation_players as players
 from labkit import distillation_study as study
 from labkit.check import randn
@@ -138,8 +139,9 @@ def test_student(teacher, monkeypatch):
 
 @pytest.fixture
 def short(monkeypatch):
-    """The calibration of the small teacher: repeated text instead of files."""
+    """Repeated text instead of the library's files, and little of it for calibration."""
     monkeypatch.setattr(study.corpus, "read", lambda split, names=None: TEXT[:1600] if split == "train" else TEXT)
+    monkeypatch.setattr(study, "calibration", lambda **_: [TEXT[:512].view(8, 64)])
 
 
 @pytest.mark.parametrize("how", study.DAMAGES)
@@ -188,6 +190,8 @@ def test_lessons(teacher, lessons):
 def test_continued(teacher):
     """The same ids as from whole forward passes without a cache; the first half is the text's."""
     model, y = study.copy.deepcopy(teacher).double(), TEXT[:48].view(2, 24)
+    for p in model.parameters():
+        p.data *= 20 if p.dim() == 2 else 1  # so that it looks at what stands where
     got = study.continued(model, y, torch.Generator().manual_seed(1))
     generator, want = torch.Generator().manual_seed(1), y[:, :12]
     for _ in range(12):
@@ -211,9 +215,10 @@ def test_loss_of():
 def test_distil_by_hard_labels_is_training(teacher, lessons, tmp_path):
     """With hard labels it is `train.train`, step for step: the same optimisers, rates and batches."""
     ours, theirs = (study.student(teacher, "shallow", "fresh", 1) for _ in range(2))
-    curve = study.distil(ours, lessons, SMALL, None, TEXT[:256], every=1)
-    expected = train.train(theirs, SMALL, TEXT[:1600], TEXT[:256], tmp_path, every=1)
-    assert [step for step, _ in curve] == [0, 1, 2]
+    r = replace(SMALL, steps=4, warmup=2)  # the rate rises, stays and falls
+    curve = study.distil(ours, lessons, r, None, TEXT[:256], every=1)
+    expected = train.train(theirs, r, TEXT[:1600], TEXT[:256], tmp_path, every=1)
+    assert [step for step, _ in curve] == [0, 1, 2, 3, 4]
     for a, b in zip(ours.parameters(), theirs.parameters()):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     assert expected[-1][0] == curve[-1][0]
@@ -248,8 +253,8 @@ def test_on_policy(teacher, lessons, monkeypatch):
     asked = []
     monkeypatch.setattr(lessons, "logits", lambda y: asked.append(y) or study.Lessons.logits(lessons, y))
     assert not torch.equal(trained(dict(temperature=1.0, on_policy=1.0)), plain)
-    assert len(written) == 2
-    assert all(torch.equal(a, b) for a, b in zip(written, asked[-2:]))
+    assert len(written) == len(asked) == 2
+    assert all(torch.equal(a, b) for a, b in zip(written, asked))
 
 
 def test_gaps(teacher):
@@ -323,6 +328,27 @@ def test_an_interrupted_study_goes_on(small_study, tmp_path, monkeypatch):
         small_study(1)
     assert small_study(1) == whole
     assert started == ["hard labels", "KD, T=1", "KD, T=1"]
+
+
+def test_the_record_is_of_this_study():
+    """The committed record: every run of every seed, from the committed teacher, by these recipes."""
+    recorded = record.experiment("distillation")
+    assert recorded.weights_sha256 == hashlib.sha256((TEACHER / "model.safetensors").read_bytes()).hexdigest()
+    assert tuple(recorded.samples) == recorded.seeds == study.experiments()["distillation"].seeds
+    for seed, sample in recorded.samples.items():
+        assert sample["recipe"] == asdict(replace(study.RECIPE, seed=seed))
+        assert sample["recovery"] == asdict(replace(study.RECOVERY, seed=seed))
+        rows = [(row["student"], row["first"], row["loss"]) for row in sample["students"]]
+        assert rows == [tuple(names) for *names, seeds in study.RUNS if seed < seeds]
+        assert len(sample["recovered"]) == {0: 15, 1: 10, 2: 0}[seed]
+        for row in sample["students"]:
+            assert [step for step, _ in row["curve"]] == [0, 40, 80, 120, 160, 200]
+            assert row["curve"][0][1] > row["curve"][-1][1]
+    # chapter 4 measured the same pruned model on the same text; here its weights are rounded to bf16
+    pruned = record.experiment("pruning").samples[0]["model"]
+    (there,) = (row["bits"] for row in pruned if (row["pattern"], row["method"]) == ("2:4", "SparseGPT"))
+    (here,) = (row["bits"] for row in recorded.samples[0]["recovered"] if (row["how"], row["loss"]) == ("2:4", None))
+    assert here == pytest.approx(there, abs=2e-3)
 
 
 def test_frontier():
@@ -417,7 +443,11 @@ PLANTED_BUGS = [
     ("labkit/distillation_study.py", "        w = w.masked_fill(~self.mask, 0)\n", ""),
     ("labkit/distillation_study.py", "model.layers[::2]", "model.layers[: len(model.layers) // 2]"),
     ("labkit/distillation_study.py", "STUDENTS[which]), seed)", "STUDENTS[which]), 0)"),
-    ("labkit/distillation_study.py", "            self.kept[step] = y, self.logits(y).half()\n", "            return y, self.logits(y).half()\n"),
+    (
+        "labkit/distillation_study.py",
+        "            self.kept[step] = y, self.logits(y).half()\n",
+        "            return y, self.logits(y).half()\n",
+    ),
     ("labkit/distillation_study.py", "        at = at[-1:] + 1\n", "        at = at[-1:]\n"),
     ("labkit/distillation_study.py", "            teacher_logits = lessons.logits(y)\n", ""),
     ("labkit/distillation_study.py", "peak * train.rate(step, r)", "peak"),
@@ -425,7 +455,11 @@ PLANTED_BUGS = [
     ("labkit/distillation_study.py", "stored(model, form)\n    cost", "model\n    cost"),
     ("labkit/distillation_study.py", "    shutil.rmtree(work, ignore_errors=True)\n", ""),
     ("labkit/distillation_study.py", "    if not file.exists():\n", "    if True:\n"),
-    ("labkit/distillation_study.py", "if point[\"bits\"] < best:", "if point[\"bits\"] <= best:"),
+    ("labkit/distillation_study.py", 'if point["bits"] < best:', 'if point["bits"] <= best:'),
     ("labkit/distillation_players.py", "torch.tensor(share).log()", "torch.tensor(share)"),
-    ("labkit/distillation_players.py", "softened(logits, temperature)\n        top", "softened(logits, 1.0)\n        top"),
+    (
+        "labkit/distillation_players.py",
+        "softened(logits, temperature)\n        top",
+        "softened(logits, 1.0)\n        top",
+    ),
 ]
