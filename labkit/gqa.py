@@ -40,7 +40,10 @@ def intensity(num_q_heads: int, num_kv_heads: int, dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Model:
-    """What of a model's config.json decides its cache. num_params: all of it, at its own number of KV heads."""
+    """What of a model's config.json decides its cache. num_params: all of it, at its own number of KV heads.
+
+    tied: the input embedding is the output's too, one table instead of two.
+    """
 
     num_layers: int
     hidden_size: int
@@ -48,6 +51,8 @@ class Model:
     num_kv_heads: int
     head_dim: int
     num_params: int
+    vocab_size: int
+    tied: bool = False
 
     def with_kv_heads(self, num_kv_heads) -> "Model":
         """The model with another number of KV heads: k_proj and v_proj shrink or grow."""
@@ -62,17 +67,22 @@ class Model:
     def weight_bytes(self, dtype=BF16) -> int:
         return self.num_params * dtype.itemsize
 
+    @property
+    def read_params(self) -> int:
+        """What a step reads: all but an input embedding of its own, of which it looks up a row a sequence."""
+        return self.num_params - (0 if self.tied else self.vocab_size * self.hidden_size)
+
 
 # From each model's config.json; the numbers of parameters follow from it (a test builds the models without memory).
 MODELS = {
-    "Llama-2-7B": Model(32, 4096, 32, 32, 128, 6_738_415_616),
-    "Llama-2-70B": Model(80, 8192, 64, 8, 128, 68_976_648_192),
-    "Llama-3-8B": Model(32, 4096, 32, 8, 128, 8_030_261_248),
-    "Llama-3-70B": Model(80, 8192, 64, 8, 128, 70_553_706_496),
-    "Mistral-7B": Model(32, 4096, 32, 8, 128, 7_241_732_096),
-    "Falcon-7B": Model(32, 4544, 71, 1, 64, 6_921_720_704),
-    "Falcon-40B": Model(60, 8192, 128, 8, 64, 41_303_293_952),
-    "Qwen2.5-7B": Model(28, 3584, 28, 4, 128, 7_615_616_512),
+    "Llama-2-7B": Model(32, 4096, 32, 32, 128, 6_738_415_616, 32_000),
+    "Llama-2-70B": Model(80, 8192, 64, 8, 128, 68_976_648_192, 32_000),
+    "Llama-3-8B": Model(32, 4096, 32, 8, 128, 8_030_261_248, 128_256),
+    "Llama-3-70B": Model(80, 8192, 64, 8, 128, 70_553_706_496, 128_256),
+    "Mistral-7B": Model(32, 4096, 32, 8, 128, 7_241_732_096, 32_000),
+    "Falcon-7B": Model(32, 4544, 71, 1, 64, 6_921_720_704, 65_024, tied=True),
+    "Falcon-40B": Model(60, 8192, 128, 8, 64, 41_303_293_952, 65_024, tied=True),
+    "Qwen2.5-7B": Model(28, 3584, 28, 4, 128, 7_615_616_512, 152_064),
 }
 MEMORY_SHARE = 0.9  # of a GPU's memory, for weights and cache: the rest holds activations and workspaces
 
@@ -88,9 +98,9 @@ def decode_floor(model: Model, batch: int, kv_len: int, gpu, num_gpus=1) -> floa
 
     gpu: a `labkit.gpus.Gpu`. num_gpus: what they read and compute adds up; their talk is left out.
     """
-    num_bytes = model.weight_bytes() + model.kv_bytes(batch, kv_len)
+    num_bytes = model.read_params * BF16.itemsize + model.kv_bytes(batch, kv_len)
     attention_flops = 4 * model.num_layers * model.num_q_heads * model.head_dim * kv_len
-    flops = batch * (2 * model.num_params + attention_flops)
+    flops = batch * (2 * model.read_params + attention_flops)
     return max(num_bytes / gpu.bandwidth, flops / gpu.bf16_flops) / num_gpus
 
 

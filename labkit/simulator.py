@@ -9,10 +9,10 @@ from html import escape
 from pathlib import Path
 
 from labkit import player, step_model
-from labkit.step_model import BATCHES, CONTEXTS, DEVICES, FORMULAS, SWITCHES, VOCAB
+from labkit.step_model import BATCHES, CHOICES, CONTEXTS, DEVICES, FORMULAS, SWITCHES
 
 _HERE = Path(__file__).parent
-CONTROLS = {"model": list(VOCAB), "GPU": list(DEVICES), "context": list(CONTEXTS), "batch": list(BATCHES)} | {
+CONTROLS = {"model": CHOICES, "GPU": list(DEVICES), "context": list(CONTEXTS), "batch": list(BATCHES)} | {
     label: [off, on] for label, off, on in SWITCHES.values()
 }
 START = ("Llama-3-8B", "H200", 8192, 64, *(SWITCHES[name][2] for name in ("gqa", "paged")), "all tokens", "continuous",
@@ -98,7 +98,7 @@ def simulator():
     data = {
         "controls": CONTROLS, "switches": list(SWITCHES), "rows": ROWS, "text": TEXT,
         "formulas": {name: expression for name, (expression, *_) in FORMULAS.items()},
-        "models": {name: step_model.inputs(name, "H200") for name in VOCAB},
+        "models": {name: step_model.inputs(name, "H200") for name in CHOICES},
         "devices": {
             name: {key: step_model.inputs("Llama-3-8B", name)[key] for key in ("memory", "bandwidth", "flops")}
             for name in DEVICES

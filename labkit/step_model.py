@@ -14,10 +14,7 @@ from labkit import args
 from labkit.gpus import GPUS
 from labkit.gqa import CLUSTERS, MODELS
 
-VOCAB = {  # from each model's config.json; input and output embedding are two tables in all of them
-    "Llama-2-7B": 32_000, "Llama-3-8B": 128_256, "Mistral-7B": 32_000, "Qwen2.5-7B": 152_064,
-    "Llama-2-70B": 32_000, "Llama-3-70B": 128_256,
-}  # fmt: skip
+CHOICES = [name for name, m in MODELS.items() if not m.tied]  # input and output embedding: two tables
 DEVICES = {name: (name, 1) for name in GPUS} | {"8 x H200": CLUSTERS["8 x H200"]}  # name: (GPU, how many)
 CONTEXTS = (1024, 2048, 4096, 8192, 16_384, 32_768)
 BATCHES = (1, 4, 16, 64, 256)
@@ -74,13 +71,13 @@ FUNCTIONS = {"min": min, "max": max, "ceil": math.ceil, "floor": math.floor, "ha
 
 def inputs(model, device):
     """What the formulas need of a model and of a device (all its GPUs together): {name: number}."""
-    args.expect(model in VOCAB, "model", repr(model), f"one of {', '.join(VOCAB)}")
+    args.expect(model in CHOICES, "model", repr(model), f"one of {', '.join(CHOICES)}")
     args.expect(device in DEVICES, "device", repr(device), f"one of {', '.join(DEVICES)}")
     m, (kind, count) = MODELS[model], DEVICES[device]
     gpu = GPUS[kind]
     return {
         "num_layers": m.num_layers, "hidden": m.hidden_size, "num_q_heads": m.num_q_heads,
-        "num_kv_heads": m.num_kv_heads, "head_dim": m.head_dim, "num_params": m.num_params, "vocab": VOCAB[model],
+        "num_kv_heads": m.num_kv_heads, "head_dim": m.head_dim, "num_params": m.num_params, "vocab": m.vocab_size,
         "memory": count * gpu.memory_gb * 10**9, "bandwidth": count * gpu.bandwidth, "flops": count * gpu.bf16_flops,
     }  # fmt: skip
 
@@ -88,7 +85,7 @@ def inputs(model, device):
 def step(model, device, context, batch, *, gqa=True, paged=True, streaming=False, continuous=True, pruned=False):
     """One decode step of `batch` sequences that have seen `context` tokens each: {name: number} of all FORMULAS.
 
-    model: a key of VOCAB. device: a key of DEVICES. context: 1 to 32,768. Where not even one sequence fits, `running`
+    model: one of CHOICES. device: a key of DEVICES. context: 1 to 32,768. Where not even one sequence fits, `running`
     is 0 and so is `tokens`. Raises ValueError for anything else.
     """
     args.expect(isinstance(context, int) and 1 <= context <= CONTEXTS[-1], "context", context, "1 to 32,768")

@@ -110,6 +110,13 @@ def _batching(s):
     return lines
 
 
+def _distillation(s):
+    lines = {}
+    for row in s["students"]:
+        lines.setdefault(f"{row['student']}, {row['first']}", []).append(f"{row['loss']} {row['bits']:.2f}")
+    return [f"{name} student, bits a byte: " + ", ".join(found) for name, found in lines.items()]
+
+
 def _engine(s):
     run = s["transformers"]
     best = max(run["transformers"], key=lambda batch: run["transformers"][batch]["tokens/s"])
@@ -120,7 +127,7 @@ def _engine(s):
 
 HEADLINES = {
     "train": _train, "gqa": _gqa, "pruning": _pruning, "streaming_llm": _streaming, "streaming_costs": _streaming_costs,
-    "fusion": _fusion, "batching": _batching, "engine": _engine,
+    "fusion": _fusion, "batching": _batching, "engine": _engine, "distillation": _distillation,
 }  # fmt: skip
 
 

@@ -170,7 +170,10 @@ def test_models_are_the_real_ones(name):
     """Built without memory from their configs: parameters, and the weights that another number of KV heads saves."""
     model, (vocab, hidden, inner, layers, q_heads, kv_heads, dim, bias) = ref.MODELS[name], LLAMAS[name]
     config = Config(vocab, hidden, inner, layers, q_heads, kv_heads, dim, qkv_bias=bias)
-    assert model == ref.Model(layers, hidden, q_heads, kv_heads, dim, count(config))
+    assert model == ref.Model(layers, hidden, q_heads, kv_heads, dim, count(config), vocab)
+    with torch.device("meta"):
+        looked_up = Llama(config).embed_tokens.weight.numel()
+    assert model.read_params == count(config) - looked_up
     if not bias:
         one = replace(config, num_key_value_heads=1)
         assert model.with_kv_heads(1).num_params == count(one)
@@ -184,6 +187,7 @@ def test_falcons_are_the_real_ones(name, vocab):
     norms = 2 * h * (2 if name == "Falcon-40B" else 1)
     assert m.num_q_heads * m.head_dim == h
     assert m.num_params == m.num_layers * (h * qkv + h * h + 8 * h * h + norms) + vocab * h + 2 * h
+    assert (m.vocab_size, m.read_params) == (vocab, m.num_params)
 
 
 def test_largest_batch_fits_and_one_more_does_not():
@@ -197,10 +201,11 @@ def test_largest_batch_fits_and_one_more_does_not():
 def test_decode_floor_by_hand():
     """Llama-2-7B on an A100: at batch 1 memory decides, at batch 4096 with one key the arithmetic does."""
     model, gpu = ref.MODELS["Llama-2-7B"], GPUS["A100 80GB"]
-    want = (2 * 6_738_415_616 + 1000 * 512 * 1024) / 2.039e12
+    read = 6_738_415_616 - 32_000 * 4096
+    want = (2 * read + 1000 * 512 * 1024) / 2.039e12
     assert ref.decode_floor(model, 1, 1000, gpu) == pytest.approx(want)
     assert ref.decode_floor(model, 1, 1000, gpu, 4) == pytest.approx(want / 4)
-    want = 4096 * (2 * 6_738_415_616 + 4 * 32 * 4096) / 312e12
+    want = 4096 * (2 * read + 4 * 32 * 4096) / 312e12
     assert ref.decode_floor(model, 4096, 1, gpu) == pytest.approx(want)
 
 
@@ -218,7 +223,7 @@ def test_sizes_players():
     assert table["one token"] == ["524 kB", "131 kB", "16 kB"]
     assert table["KV cache"][1] == "17.2 GB"  # 16 * 8192 * 131,072 bytes
     assert table["largest batch"][1] == f"{int((0.9 * 141e9 - 2 * 8_030_261_248) / (8192 * 131_072)):,}"
-    assert table["decode floor"][1] == "6.9 ms"  # (16.06 + 17.18) GB at 4.8 TB/s
+    assert table["decode floor"][1] == "6.7 ms"  # (16.06 - 1.05 + 17.18) GB at 4.8 TB/s
     assert ref.sizes("Llama-2-70B", 2048, 1, "A100 80GB")["decode floor"] == 3 * ["does not fit"]
     html = ref.sizes_player().html
     assert "Llama-3-8B, 16 x 8,192 tokens on H200: 32 query heads on 8." in html
