@@ -62,7 +62,7 @@ def temperature_player(model):
 # ---- one mode or both
 
 X = torch.linspace(-6, 6, 121, dtype=torch.float64)
-MUS, SIGMAS = tuple(range(-4, 5)), (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
+MUS, SIGMAS = tuple(range(-3, 4)), (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
 DIVERGENCES = {
     "forward KL": dict(kind="forward_kl"),
     "JSD, beta 0.1": dict(kind="jsd", beta=0.1),
