@@ -230,7 +230,7 @@ def test_sizes_players():
     assert "17.2 GB" in html
     said = ref.try_sizes("Llama-3-8B", 4, 8192, 16)
     assert said.startswith("Llama-3-8B with 8 KV heads: 131 kB a token, 17.2 GB for 16 x 8,192; up to 103 sequences")
-    assert said.endswith("a step takes at least 6.93 ms")
+    assert said.endswith("a step takes at least 6.71 ms")
     assert "that does not fit" in ref.try_sizes("Llama-2-70B", 1, 8192, 16)
     assert "with 1 KV heads" in ref.try_sizes("Falcon-7B", 71, 2048, 1)
 
