@@ -148,8 +148,8 @@ def _(fn):
 
 @exercise(
     hints=[
-        "Write the loss as sum of q_j f_j with f_j = log q_j - log p_j, and remember that dq_j/dz_i = q_j (1[i=j] - q_i).",
-        "The change of the logarithm itself sums to nothing; what is left is q_i f_i minus q_i times the sum of q_j f_j.",
+        "Write the loss as the sum of q_j f_j with f_j = log q_j - log p_j; dq_j / dz_i is q_j (1[i = j] - q_i).",
+        "The change of the logarithm sums to nothing; what is left is q_i f_i minus q_i times the sum of q_j f_j.",
         "grad = q * (f - (q * f).sum()): each token's own difference against the expected one.",
     ],
     bugs=[
