@@ -130,7 +130,8 @@ def landscape_player(starts=(-3.0, 0.5, 3.0)):
         grid = [[cell(r, c) for c in range(len(MUS))] for r in range(len(SIGMAS))]
         m, s, value = path[step]
         share = between(bell(m, s))
-        text = f"{name}, after {step} steps: mean {m:.2f}, width {s:.2f}; {share:.0%} of it between the modes."
+        where = f"mean {m:.2f}, width {s:.2f}; {share:.0%} of it between the modes"
+        text = f"{name} from {start}, after {step} steps: {where}."
         numbers = {"loss": f"{value:.3f}", "between the modes": f"{share:.1%} (teacher: {between(two_modes()):.1%})"}
         return {"text": text, "loss": grid, "student": numbers}
 

@@ -411,7 +411,7 @@ def test_landscape_player():
     size = len(players.MUS) * len(players.SIGMAS)
     for i, (name, options) in enumerate(players.DIVERGENCES.items()):
         text, labels = seen[i * len(players.STEPS)]
-        assert text.startswith(f"{name}, after 0 steps: mean 3.00, width 1.00")
+        assert text.startswith(f"{name} from 3.0, after 0 steps: mean 3.00, width 1.00")
         want = [
             kd_loss(players.bell(mu, sigma), players.two_modes(), **options)
             for sigma in players.SIGMAS
