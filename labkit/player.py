@@ -154,7 +154,7 @@ class Explorer(Html):
                 raise ValueError(f"{what}: got {choice}, expected one value of each control in {controls}")
         html = []
         for (label, values), first in zip(controls.items(), start, strict=True):
-            html.append(_control(label, values, values.index(first)))
+            html.append(control(label, values, values.index(first)))
         frames = [frame(*choice) for choice in choices]
         options = [[str(value) for value in values] for values in controls.values()]
         super().__init__(*_player(title, panels, frames, "".join(html), options, choices.index(key), legend, caption))
@@ -286,7 +286,7 @@ def _figure(title, body, data):
     )
 
 
-def _control(label, values, index):
+def control(label, values, index):
     if len(values) > 3 and all(isinstance(value, Real) for value in values):
         shown = escape(str(values[index]))
         field = f"<input type=range min=0 max={len(values) - 1} value={index}><output>{shown}</output>"

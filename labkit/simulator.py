@@ -77,7 +77,7 @@ def simulator():
     """The player, drawn at START by Python."""
     now = frame(*START)
     controls = "".join(
-        player._control(label, values, values.index(first))
+        player.control(label, values, values.index(first))
         for (label, values), first in zip(CONTROLS.items(), START, strict=True)
     )
     drawn = {name: panel.html(panel.items(now[name])) for name, panel in panels().items()}
