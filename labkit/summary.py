@@ -95,7 +95,7 @@ def _streaming_costs(s):
 
 def _fusion(s):
     gains = {batch: median(x["eager"]) / median(x["compiled"]) for batch, x in s["block"].items()}
-    return ["a block, eager / torch.compile: " + ", ".join(f"batch {b} {gain:.2f}x" for b, gain in gains.items())]
+    return ["a block, eager / torch.compile: " + ", ".join(f"{n} tokens {gain:.2f}x" for n, gain in gains.items())]
 
 
 def _batching(s):

@@ -1,8 +1,9 @@
 """Attention over pages out of torch's own operations: what the engine runs on where there are no kernels of ours.
 
 The reference of chapter 9 takes one sequence after the other and computes in fp32: right, and slow. Here all decodes of
-a step are three sparse operations over the pages as they lie, and a chunk of a prompt is one call of torch's fused
-attention over gathered pages. What depends on the lengths only is worked out once a step (`plan`), for every layer.
+a step are three sparse operations over the pages as they lie (on a CPU, in fp32 or fp64), and everything else is one
+call of torch's fused attention a sequence, over gathered pages. What depends on the lengths only is worked out once a
+step (`plan`), for every layer.
 """
 
 import warnings
