@@ -234,13 +234,17 @@ _arrived: dict[tuple, torch.Tensor] = {}
 
 
 def _arrival_counters(q: torch.Tensor, count: int) -> torch.Tensor:
-    """Zeroed counters for the one-launch kernel, kept per device and stream since every launch leaves them at zero."""
+    """Zeroed counters for the one-launch kernel, kept per device and stream since every launch leaves them at zero.
+
+    A captured graph remembers their address: those of one size are never freed, a larger call gets others.
+    """
     stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
-    counters = _arrived.get((q.device, stream))
-    if counters is None or counters.numel() < count:
-        counters = torch.zeros(max(count, 1024), dtype=torch.int32, device=q.device)
+    size = max(1024, triton.next_power_of_2(count))
+    counters = _arrived.get((q.device, stream, size))
+    if counters is None:
+        counters = torch.zeros(size, dtype=torch.int32, device=q.device)
         if not (q.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph's memory must not outlive it
-            _arrived[q.device, stream] = counters
+            _arrived[q.device, stream, size] = counters
     return counters
 
 

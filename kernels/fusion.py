@@ -515,7 +515,9 @@ def decode_block(
     kv_lens [B] int32; norm, mlp_norm [K]; qkv_weight [(Hq + 2 Hkv) D, K]; o_weight [K, Hq D]; gate_up_weight [2 F, K],
     gate first; down_weight [K, F]. Returns x [B, K] after the block. Raises ValueError naming the argument.
     """
-    num_q_heads, num_kv_heads, dim = args.decode_block(x, k, qkv_weight, o_weight, gate_up_weight, down_weight)
+    num_q_heads, num_kv_heads, dim = args.decode_block(
+        x, cos, sin, k, norm, qkv_weight, o_weight, mlp_norm, gate_up_weight, down_weight
+    )
     qkv = linear(rmsnorm(x, norm, eps=eps), qkv_weight).unflatten(1, (-1, dim))
     q, new_k, _ = qkv.split((num_q_heads, num_kv_heads, num_kv_heads), 1)
     q, _ = rope(q.unsqueeze(1), new_k.unsqueeze(1), cos.unsqueeze(1), sin.unsqueeze(1))

@@ -111,7 +111,7 @@ def _write_kv_kernel(
     if (slot >= 0) & (slot < num_slots):
         page = slot // PAGE_SIZE
         offset = slot % PAGE_SIZE
-        offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+        offs_h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)[:, None]  # heads may lie far apart
         offs_d = tl.arange(0, BLOCK_D)[None, :]
         mask = (offs_h < num_kv_heads) & (offs_d < HEAD_DIM)
         k = tl.load(k_ptr + token * stride_kn + offs_h * stride_kh + offs_d * stride_kd, mask=mask)

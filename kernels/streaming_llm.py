@@ -131,8 +131,9 @@ def sink_decoding(
     q [B, Hq, D] before rotation; k_ring, v_ring [B, num_sinks + window, Hkv, D], keys before rotation, Hq a multiple of
     Hkv, any strides; fp16, bf16 or fp32; D even, up to 256. Token i of a sequence lies in slot i if i < num_sinks, else
     in num_sinks + (i - num_sinks) % window. seen [B] int32 on q's device: tokens so far, the current one included,
-    which is already in the ring (negative counts as 0). cos, sin [num_sinks + window or more, D / 2] fp32. num_splits
-    None leaves the split over the keys to `labkit.splits.choose`. sm_scale defaults to D ** -0.5.
+    which is already in the ring (where values are not looked at, a negative one counts as 0). cos, sin
+    [num_sinks + window or more, D / 2] fp32. num_splits None leaves the split over the keys to `labkit.splits.choose`.
+    sm_scale defaults to D ** -0.5.
 
     Returns o [B, Hq, D] in q.dtype and lse [B, Hq] fp32 (natural log); a sequence that has seen nothing gives 0 and
     -inf. Raises ValueError naming the argument. Source: Xiao et al., "Efficient streaming language models with

@@ -340,17 +340,28 @@ def distillation(student, teacher, labels, temperature, ce_weight, kind, beta, r
     return rows, vocab, {0: "forward_kl", 1: "reverse_kl"}.get(beta, kind) if kind == "jsd" else kind
 
 
-def decode_block(x, k, qkv_weight, o_weight, gate_up_weight, down_weight, dtypes=FLOATS) -> tuple[int, int, int]:
-    """Check the weights of `decode_block`: x [B, K]; k [B, L, Hkv, D]; qkv_weight [(Hq + 2 Hkv) D, K];
-    o_weight [K, Hq D]; gate_up_weight [2 F, K]; down_weight [K, F]. Returns (Hq, Hkv, D).
+def decode_block(
+    x, cos, sin, k, norm, qkv_weight, o_weight, mlp_norm, gate_up_weight, down_weight, dtypes=FLOATS
+) -> tuple[int, int, int]:
+    """Check the arguments of `decode_block`: x [B, K]; cos, sin [B, D/2]; k [B, L, Hkv, D]; norm, mlp_norm [K];
+    qkv_weight [(Hq + 2 Hkv) D, K]; o_weight [K, Hq D]; gate_up_weight [2 F, K]; down_weight [K, F].
+    Returns (Hq, Hkv, D).
     """
     tensor("x", x, ("batch", "k"), dtypes=dtypes)
     tensor("k", k, (len(x), "max_kv_len", "num_kv_heads", "head_dim"), like=x, dtype=x.dtype)
     width, num_kv_heads, dim = x.shape[1], *k.shape[2:]
     tensor("qkv_weight", qkv_weight, ("(num_q_heads + 2 num_kv_heads) head_dim", width), like=x, dtype=x.dtype)
-    num_q_heads = qkv_weight.shape[0] // max(1, dim) - 2 * num_kv_heads
+    angles("cos", cos, (len(x),), x, dim)
+    angles("sin", sin, (len(x),), x, dim)
+    rows = qkv_weight.shape[0]
+    num_q_heads = rows // max(1, dim) - 2 * num_kv_heads
+    ok = dim > 0 and rows % dim == 0 and num_q_heads > 0
+    expect(ok, "qkv_weight (rows)", rows, f"(num_q_heads + 2 * {num_kv_heads}) * {dim}")
+    tensor("norm", norm, (width,), like=x, dtype=x.dtype)
+    tensor("mlp_norm", mlp_norm, (width,), like=x, dtype=x.dtype)
     tensor("o_weight", o_weight, (width, num_q_heads * dim), like=x, dtype=x.dtype)
     tensor("gate_up_weight", gate_up_weight, ("2 f", width), like=x, dtype=x.dtype)
+    expect(gate_up_weight.shape[0] % 2 == 0, "gate_up_weight (rows)", gate_up_weight.shape[0], "an even number")
     tensor("down_weight", down_weight, (width, gate_up_weight.shape[0] // 2), like=x, dtype=x.dtype)
     return num_q_heads, num_kv_heads, dim
 

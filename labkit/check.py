@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-EDGE_LENS = (0, 1, 127, 128, 129)  # around a block's edge
-
 
 @dataclass(frozen=True)
 class Verdict:

@@ -36,7 +36,8 @@ def sample(logits, temperature, top_k, top_p, u):
     (Holtzman et al. 2020), drawn by inverting the distribution function at u. temperature 0 takes the most likely.
     """
     warm = temperature > 0
-    p = (logits.double() / torch.where(warm, temperature, 1.0).double()[:, None]).softmax(-1)
+    x = logits.double() - logits.amax(-1, keepdim=True).double()  # a tiny temperature: no overflow to inf - inf
+    p = (x / torch.where(warm, temperature, 1.0).double()[:, None]).softmax(-1)
     p, ids = p.sort(dim=-1, descending=True, stable=True)
     p = p * (torch.arange(p.shape[1], device=p.device) < top_k[:, None])
     p = p / p.sum(-1, keepdim=True)
@@ -187,9 +188,11 @@ class Engine:
         **sampling: temperature, top_k, top_p, stop as for `add`. Raises ValueError before anything is computed.
         """
         prompts = list(prompts)
+        expect(seed is None or _is_int(seed), "seed", repr(seed), "None or an int")
         seeds = [None if seed is None else seed + i for i in range(len(prompts))]
         jobs = [self._job(prompt, seed=s, **sampling) for prompt, s in zip(prompts, seeds)]
-        lengths = [max_new_tokens] * len(jobs) if _is_int(max_new_tokens) else list(max_new_tokens)
+        many = isinstance(max_new_tokens, (list, tuple)) or getattr(max_new_tokens, "ndim", 0) == 1
+        lengths = list(max_new_tokens) if many else [max_new_tokens] * len(jobs)  # `_request` names a bad one
         expect(len(lengths) == len(jobs), "max_new_tokens", f"{len(lengths)} numbers", f"one or {len(jobs)}")
         for job, length in zip(jobs, lengths):
             self._request(-1, job, length)

@@ -176,7 +176,7 @@ def rung(model, name, prompts, lengths):
 
 
 def ladder(seed, count=96):
-    """{rung: figures} on the workload with shared beginnings. Raises if a rung writes anything else than the first."""
+    """{rung: figures} on the workload with shared beginnings; "texts as the first": how many equal the first rung's."""
     model, (prompts, lengths) = models.load(models.TEACHER)[0], workload(count, "shared", seed=seed)
     result, first = {}, None
     for name in LADDER:

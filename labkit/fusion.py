@@ -124,8 +124,8 @@ def decode_block(
     norm, mlp_norm [K]; qkv_weight [(Hq + 2 Hkv) D, K]; o_weight [K, Hq D]; gate_up_weight [2 F, K], gate first;
     down_weight [K, F]. Returns x [B, K] after the block. Raises ValueError naming the argument.
     """
-    weights = (qkv_weight, o_weight, gate_up_weight, down_weight)
-    num_q_heads, num_kv_heads, dim = args.decode_block(x, k, *weights, dtypes=args.REFERENCE_FLOATS)
+    weights = (norm, qkv_weight, o_weight, mlp_norm, gate_up_weight, down_weight)
+    num_q_heads, num_kv_heads, dim = args.decode_block(x, cos, sin, k, *weights, dtypes=args.REFERENCE_FLOATS)
 
     def normed(x, weight):
         wide = x.to(softmax_dtype(x.dtype))

@@ -5,7 +5,6 @@ starts a new Markdown cell. `new` turns a draft into a notebook, `draft` turns a
 """
 
 import argparse
-import asyncio
 import hashlib
 import json
 import os
@@ -157,8 +156,6 @@ def run(path, *, timeout=300):
     Cells tagged `skip-execution` are not run and keep no outputs. The file is written only if no cell failed.
     Raises nbclient.exceptions.CellExecutionError when a cell fails.
     """
-    if sys.platform == "win32":
-        asyncio.set_event_loop_policy(asyncio.WindowsSelectorEventLoopPolicy())
     notebook = tidy(read(path))
     for cell in notebook.cells:
         if cell.cell_type == "code":

@@ -116,7 +116,11 @@ def _reach(roots):
             # `from package import module`
             target, member = load(f"{source}.{member}", module.folder), None
         inner = ".".join(filter(None, [member, rest]))
-        return bool(target and inner and visit(target, inner))
+        if target and not inner:  # the module itself is handed on: whatever it defines may be called
+            for name in list(target.defined):
+                visit(target, name)
+            return True
+        return bool(target and visit(target, inner))
 
     for root in roots:
         if isinstance(root, str):
@@ -143,9 +147,10 @@ def _used_names(node):
     local = {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
     if isinstance(node, ast.FunctionDef):
         local |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    bases = {id(n.value) for n in ast.walk(node) if isinstance(n, ast.Attribute)}  # the a of a.b is not used itself
     names = set()
     for n in ast.walk(node):
-        if isinstance(n, (ast.Name, ast.Attribute)) and isinstance(n.ctx, ast.Load):
+        if isinstance(n, (ast.Name, ast.Attribute)) and isinstance(n.ctx, ast.Load) and id(n) not in bases:
             dotted = ast.unparse(n)
             if all(part.isidentifier() for part in dotted.split(".")) and dotted.split(".")[0] not in local:
                 names.add(dotted)

@@ -17,9 +17,10 @@ from labkit import args
 
 
 def plan(block_table, q_starts, kv_lens, slots, page_size):
-    """Prepare one step for all layers; the arguments are those of `ragged_attention` and `write_kv`.
+    """Prepare one step for all layers; the arguments are those of `ragged_attention` and `write_kv`, all slots >= 0.
 
     Returns layer(q, k, v, k_pages, v_pages) -> o [N, Hq, D], which stores k and v [N, Hkv, D] and then attends.
+    Layers may differ in their numbers of heads. For inference only: no gradients.
     """
     attend = _attention(block_table, q_starts, kv_lens, page_size)
 
@@ -35,11 +36,11 @@ def _attention(block_table, q_starts, kv_lens, page_size, sm_scale=None):
     """attend(q, k_pages, v_pages) -> o for these lengths: decodes in one call if they can be, chunks in one each."""
     starts, lens, table = q_starts.tolist(), kv_lens.tolist(), block_table.cpu().numpy()
     chunks = [(slice(*ends), b) for b, ends in enumerate(pairwise(starts)) if ends[0] < ends[1]]
-    calls = []  # (rows of q, function), made when the first layer shows its heads and dtype
+    known = {}  # (query heads, KV heads) -> calls: the layers of a pruned model differ
 
-    def prepare(q, k_pages):
-        heads, scale = (q.shape[1], k_pages.shape[2]), args.scale(sm_scale, q.shape[2])
-        decodes, left = [], chunks
+    def prepare(q, k_pages, heads):
+        """[(rows of q, function)]"""
+        calls, scale, decodes, left = [], args.scale(sm_scale, q.shape[2]), [], chunks
         if q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64):  # what sampled_addmm takes
             decodes = [(rows.start, b) for rows, b in chunks if rows.stop - rows.start == 1]
             left = [(rows, b) for rows, b in chunks if rows.stop - rows.start > 1]
@@ -52,12 +53,14 @@ def _attention(block_table, q_starts, kv_lens, page_size, sm_scale=None):
         for rows, b in left:
             pages = torch.from_numpy(table[b, : -(-lens[b] // page_size)].astype(np.int64)).to(q.device)
             calls.append((rows, _chunk(pages, lens[b], rows.stop - rows.start, *heads, scale, q.device)))
+        return calls
 
     def attend(q, k_pages, v_pages):
-        if not calls:
-            prepare(q, k_pages)
+        heads = q.shape[1], k_pages.shape[2]
+        if heads not in known:
+            known[heads] = prepare(q, k_pages, heads)
         o = torch.empty_like(q)
-        for rows, call in calls:
+        for rows, call in known[heads]:
             o[rows] = call(q[rows], k_pages, v_pages)
         return o
 
@@ -119,14 +122,19 @@ def write_kv(k, v, k_pages, v_pages, slots):
     args.write_kv(k, v, k_pages, v_pages, slots, dtypes=args.REFERENCE_FLOATS)
     if bool((slots < 0).any()):
         k, v, slots = k[slots >= 0], v[slots >= 0], slots[slots >= 0]
-    for new, pages in ((k, k_pages), (v, v_pages)):
-        pages.view(-1, *pages.shape[2:]).index_copy_(0, slots, new)
+    flat = []
+    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
+        ok = pages.stride(0) == pages.shape[1] * pages.stride(1) or 1 in pages.shape[:2]
+        args.expect(ok, f"{name} (strides)", pages.stride(), "pages that lie one after the other")
+        flat.append(pages.view(-1, *pages.shape[2:]))
+    for new, slots_of in zip((k, v), flat):
+        slots_of.index_copy_(0, slots, new)
 
 
 def ragged_attention(q, k_pages, v_pages, block_table, q_starts, kv_lens, *, sm_scale=None):
     """The same as `labkit.batching.ragged_attention`, whose arguments and errors it has.
 
-    A chunk must not be longer than its keys.
+    A chunk must not be longer than its keys. For inference only: no gradients.
     """
     args.ragged(q, k_pages, v_pages, block_table, q_starts, kv_lens, dtypes=args.REFERENCE_FLOATS)
     ok = bool((q_starts.diff() <= kv_lens).all())

@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from fresh_memory import nan_in_fresh_memory
 
 import kernels.batching as ops
 from labkit import batching as ref
@@ -503,8 +504,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_ragged(case, device, monkeypatch):
-    empty_like = torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **kw: empty_like(*a, **kw).fill_(float("nan")))
+    nan_in_fresh_memory(monkeypatch)
     tensors = case.tensors(device)
     got = ops.ragged_attention(*tensors, sm_scale=case.sm_scale)
     assert_matches(got, ref.ragged_attention, *tensors, sm_scale=case.sm_scale)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh_memory import nan_in_fresh_memory
 
 from kernels import distillation as kd
 from labkit import distillation as ref
 from labkit.check import assert_matches, randn
-from tests.test_flash_decoding import nan_in_fresh_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) encountered:RuntimeWarning")
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32

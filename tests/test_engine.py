@@ -1,3 +1,4 @@
+import copy
 import functools
 import random
 from types import SimpleNamespace
@@ -334,6 +335,9 @@ def state(engine):
         "max_new_tokens": lambda e: e.add([1], 0),
         "max_new_tokens ": lambda e: e.add([1], 2.0),
         "max_new_tokens  ": lambda e: e.generate([[1], [2]], max_new_tokens=[1]),
+        "max_new_tokens   ": lambda e: e.generate([[1]], max_new_tokens=2.5),
+        "max_new_tokens    ": lambda e: e.generate([[1]], max_new_tokens=None),
+        "seed ": lambda e: e.generate([[1]], max_new_tokens=2, seed="x"),
         "temperature": lambda e: e.add([1], 3, temperature=-1),
         "temperature ": lambda e: e.add([1], 3, temperature=float("nan")),
         "top_k": lambda e: e.add([1], 3, top_k=0),
@@ -538,6 +542,28 @@ def test_torch_attention(case):
     assert_matches(got, batching.ragged_attention, *tensors, sm_scale=case.sm_scale)
 
 
+def test_layers_may_differ_in_width():
+    """As after pruning in width: layer 1 keeps one KV head of two, and its two query heads."""
+    model = copy.deepcopy(tiny())
+    a = model.layers[1].self_attn
+    for name, rows in (("q_proj", 16), ("k_proj", 8), ("v_proj", 8)):
+        linear = getattr(a, name)
+        linear.weight = torch.nn.Parameter(linear.weight[:rows].clone())
+    a.o_proj.weight = torch.nn.Parameter(a.o_proj.weight[:, :16].clone())
+    prompts = [(1, 2, 3), (4, 5), (6, 7, 8, 9)]
+    texts = Engine(model, num_pages=16, page_size=4).generate(prompts, max_new_tokens=6)
+    assert texts == [alone(prompt, 6, model=model) for prompt in prompts]
+
+
+def test_a_tiny_temperature_is_greedy_and_disturbs_nobody():
+    engine = Engine(tiny(), num_pages=16, page_size=4)
+    cold, other = engine.add([1, 2], 5, temperature=1e-320, stop=()), engine.add([3], 5, stop=())
+    while not (engine.is_over(cold) and engine.is_over(other)):
+        engine.step()
+    assert engine.output(cold) == alone((1, 2), 5)
+    assert engine.output(other) == alone((3,), 5)
+
+
 def test_torch_write_kv():
     """As the reference, on memory in both orders; a negative slot is skipped."""
     rng = np.random.default_rng(0)
@@ -553,6 +579,10 @@ def test_torch_write_kv():
         assert pages[0].any()
     with pytest.raises(ValueError, match=r"^slots: "):
         torch_ops.write_kv(k, v, *pages[:2], slots + 1)
+    k_pages, v_pages = torch.zeros(3, 4, 2, 8, dtype=k.dtype), torch.zeros(4, 3, 2, 8, dtype=k.dtype).transpose(0, 1)
+    with pytest.raises(ValueError, match=r"^v_pages .strides.: "):
+        torch_ops.write_kv(k, v, k_pages, v_pages, slots)
+    assert not k_pages.any()
 
 
 def test_torch_attention_names_bad_input():
@@ -649,6 +679,8 @@ PLANTED_BUGS = [
     ("labkit/torch_ops.py", "kv_head[:, None] * pool", "0 * kv_head[:, None]"),
     ("labkit/torch_ops.py", "np.arange(num_heads) // (num_heads // num_kv_heads)", "np.arange(num_heads) % num_kv_heads"),
     ("labkit/torch_ops.py", "alpha=scale, out=scores", "alpha=1.0, out=scores"),
+    ("labkit/torch_ops.py", "if heads not in known:", "if not known:"),
+    ("labkit/engine.py", "logits.double() - logits.amax(-1, keepdim=True).double()", "logits.double()"),
     ("labkit/torch_ops.py", "in_order = rows == list(range(rows[0], rows[0] + len(rows)))", "in_order = True"),
     ("labkit/torch_ops.py", "if bool((slots < 0).any()):", "if False:"),
     ("labkit/scheduler.py", "holding = self.running.keys() | {run.id for run in self._leaving}", "holding = self.running.keys()"),

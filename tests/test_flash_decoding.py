@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from fresh_memory import nan_in_fresh_memory
 
 import kernels.flash_decoding as fd
 from labkit import flash_decoding as ref
@@ -20,14 +21,6 @@ def test_kernel(case, device, monkeypatch):
     q, k, v, kv_lens = case.tensors(device)
     got = fd.flash_decoding(q, k, v, kv_lens, num_splits=case.num_splits, sm_scale=case.sm_scale)
     assert_matches(got, decode_attention, q, k, v, kv_lens, sm_scale=case.sm_scale)
-
-
-def nan_in_fresh_memory(monkeypatch):
-    """An output that a kernel forgets to write is NaN, not a lucky leftover."""
-    empty, empty_like = torch.empty, torch.empty_like
-    fill = lambda x: x.fill_(float("nan")) if x.is_floating_point() else x  # noqa: E731
-    monkeypatch.setattr(torch, "empty", lambda *a, **kw: fill(empty(*a, **kw)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **kw: fill(empty_like(*a, **kw)))
 
 
 ONE_LAUNCH = [c for c in DECODE_CASES if c.num_splits != 1 and any(w in c.name for w in ("ragged", "empty", "group"))]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from fresh_memory import nan_in_fresh_memory
 
 import kernels.flash_decoding_pp as pp
 from labkit import codegen
@@ -59,14 +60,6 @@ def test_unified_decoding(case, phi, bounds, device, monkeypatch):
 
 def only_o(*inputs, **options):
     return decode_attention(*inputs, **options)[0]
-
-
-def nan_in_fresh_memory(monkeypatch):
-    """An output that a kernel forgets to write is NaN (a flag: True), not a lucky leftover."""
-    empty, empty_like = torch.empty, torch.empty_like
-    fill = lambda x: x.fill_(float("nan") if x.is_floating_point() else x.dtype == torch.bool)  # noqa: E731
-    monkeypatch.setattr(torch, "empty", lambda *a, **kw: fill(empty(*a, **kw)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **kw: fill(empty_like(*a, **kw)))
 
 
 SYNC = {"synchronised": True}

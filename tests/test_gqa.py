@@ -7,7 +7,8 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from test_flash_decoding import BAD, GOOD, nan_in_fresh_memory
+from fresh_memory import nan_in_fresh_memory
+from test_flash_decoding import BAD, GOOD
 from torch import nn
 
 import kernels.flash_decoding as fd

@@ -22,7 +22,8 @@ def imports(path: Path, top_level_only=False) -> set[str]:
     for node in tree.body if top_level_only else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path.name}: a relative import hides where a name comes from"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 

@@ -6,6 +6,7 @@ from itertools import islice, pairwise
 import numpy as np
 import pytest
 import torch
+from fresh_memory import nan_in_fresh_memory
 
 import kernels.paged_attention as paged
 from labkit import args, kv_memory, trace
@@ -94,13 +95,6 @@ class Model:
         table = self.tables.pop(seq_id)
         del self.kv[seq_id]
         self.free += [page for page in reversed(table) if page not in self.held()]
-
-
-def call(function, *args):
-    try:
-        return function(*args)
-    except OutOfPages:
-        return OutOfPages
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -400,14 +394,6 @@ def paged_inputs(case: DecodeCase, page_size: int, device, seed=1):
         k_pages, v_pages = wide[0].copy_(k_pages), wide[1].copy_(v_pages)
         block_table = torch.stack([block_table, torch.full_like(block_table, -5)], 2).flatten(1)[:, ::2]
     return q, k_pages, v_pages, block_table, kv_lens
-
-
-def nan_in_fresh_memory(monkeypatch):
-    """An output that a kernel forgets to write is NaN, not a lucky leftover."""
-    empty, empty_like = torch.empty, torch.empty_like
-    fill = lambda x: x.fill_(float("nan")) if x.is_floating_point() else x  # noqa: E731
-    monkeypatch.setattr(torch, "empty", lambda *a, **kw: fill(empty(*a, **kw)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **kw: fill(empty_like(*a, **kw)))
 
 
 # Every decode case with another page size: powers of two and others, below, equal to and above the tile of 32 or 64.
@@ -795,7 +781,7 @@ PLANTED_BUGS = [
     ("kernels/paged_attention.py", "mask_n[None, :], m, l, acc, qk_scale, True)", "mask_n[None, :], m, l, acc, qk_scale, False)"),
     ("kernels/paged_attention.py", "if (slot >= 0) & (slot < num_slots):", "if slot >= 0:"),
     ("kernels/paged_attention.py", "if (slot >= 0) & (slot < num_slots):", "if slot < num_slots:"),
-    ("kernels/paged_attention.py", "offs_h = tl.program_id(1) * BLOCK_H + ", "offs_h = "),
+    ("kernels/paged_attention.py", "offs_h = (tl.program_id(1) * BLOCK_H + ", "offs_h = ("),
     ("kernels/paged_attention.py", "tl.store(v_ptrs, v, mask=mask)", "tl.store(v_ptrs, k, mask=mask)"),
     ("labkit/paged_attention.py", "position % page_size)[(page >= 0)", "position)[(page >= 0)"),
     ("labkit/paged_attention.py", "kept = (slots >= 0) &", "kept ="),

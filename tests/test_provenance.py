@@ -98,6 +98,22 @@ def test_hash_changed(lab, file, old, new):
     assert lab(file, old, new) != lab()
 
 
+@pytest.mark.parametrize("using", ["run(tiles, x)", "getattr(tiles, 'twice')(x)"])
+def test_a_module_handed_on_is_reached_whole(lab, using):
+    """Whatever it defines may be called; a module of which one name is used is not."""
+    new = f"import tiles\n\ndef scale(x):\n    return {using}\n\ndef run(ops, x):\n    return ops.unused(x)\n\n"
+
+    def hashed(file="kernel.py", old="", text=""):
+        lab()
+        (provenance.ROOT / "kernel.py").write_text(new)
+        if file == "tiles.py":
+            (provenance.ROOT / file).write_text(TILES.replace(old, text, 1))
+        return provenance.source_hash("kernel:scale")
+
+    assert hashed("tiles.py", "    return x\n", "    return -x\n") != hashed()
+    assert lab("tiles.py", "    return x\n", "    return -x\n") == lab()
+
+
 def test_public_function_reaches_rule_and_kernels(lab):
     whole = lab(root="kernel:scale")
     assert lab("kernel.py", "x.numel()", "2 * x.numel()", root="kernel:scale") != whole

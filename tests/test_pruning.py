@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from fresh_memory import nan_in_fresh_memory
 from torch import nn
 
 import kernels.pruning as kp
@@ -65,13 +66,6 @@ PLANTED_BUGS = [
 
 def tensor(*shape, seed=0, dtype=F32, device="cpu"):
     return randn(np.random.default_rng(seed), *shape, dtype=dtype, device=device)
-
-
-def nan_in_fresh_memory(monkeypatch):
-    """An output that a kernel forgets to write is NaN (a flag: True), not a lucky leftover."""
-    empty = torch.empty
-    fill = lambda x: x.fill_(float("nan") if x.is_floating_point() else x.dtype == torch.bool)  # noqa: E731
-    monkeypatch.setattr(torch, "empty", lambda *a, **kw: fill(empty(*a, **kw)))
 
 
 # ---- masks

@@ -3,6 +3,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from fresh_memory import nan_in_fresh_memory
 
 import kernels.attention
 import kernels.streaming_llm as sl
@@ -81,14 +82,6 @@ CASES = (
     Case("two billion tokens", (2**31 - 1, 2**31 - 60), num_sinks=3, window=77, dtype=F16),
     Case("no batch", ()),
 )  # fmt: skip
-
-
-def nan_in_fresh_memory(monkeypatch):
-    """An output that a kernel forgets to write is NaN, not a lucky leftover."""
-    empty, empty_like = torch.empty, torch.empty_like
-    fill = lambda x: x.fill_(float("nan")) if x.is_floating_point() else x  # noqa: E731
-    monkeypatch.setattr(torch, "empty", lambda *a, **kw: fill(empty(*a, **kw)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **kw: fill(empty_like(*a, **kw)))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
