@@ -117,6 +117,7 @@ class Recording:
 
 
 def record_topics(names, seconds=SECONDS) -> int:
+    """Measure the topics on this GPU within `seconds`. 1 if there is no usable GPU."""
     machine = bench.this_gpu()
     if machine is None:
         print("No usable GPU here: nothing was measured. `make record DRY=1` checks every case without one.")
@@ -175,6 +176,7 @@ def kernel_of(name):
 
 
 def run_experiments(wanted) -> int:
+    """Run the wanted experiments (none: all) and record each."""
     known = {name: e for module in topics("experiments").values() for name, e in module.experiments().items()}
     for name in chosen(known, wanted):
         print(record.run_experiment(name, known[name]), flush=True)

@@ -119,6 +119,7 @@ def _rope_write_kv_kernel(
 
 
 def fresh(x):
+    """An output as large as x, contiguous, not yet written."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -136,10 +137,12 @@ class _ForwardOnly(torch.autograd.Function):
 
 
 def wants_grad(*tensors):
+    """True if autograd will ask for the gradient of one of the tensors (None: no tensor)."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def forward_only(name, function, *inputs):
+    """function(*inputs); a backward pass through it raises an error that names `name`."""
     return _ForwardOnly.apply(name, function, *inputs) if wants_grad(*inputs) else function(*inputs)
 
 

@@ -49,6 +49,7 @@ def in_range(name: str, x: torch.Tensor, low: int, high: int) -> None:
 
 
 def head_dim(name: str, dim: int) -> None:
+    """Check a head dimension; `name` is the tensor that has it."""
     expect(1 <= dim <= MAX_HEAD_DIM, f"{name} (head_dim)", dim, f"1 to {MAX_HEAD_DIM}")
 
 
@@ -82,6 +83,7 @@ def decode(q, k, v, kv_lens, dtypes=FLOATS) -> tuple[int, int, int, int, int]:
 
 
 def num_splits(count: int | None) -> None:
+    """Check num_splits: None, or an int of at least 1."""
     expect(count is None or (isinstance(count, int) and count >= 1), "num_splits", count, "None or an int >= 1")
 
 

@@ -91,6 +91,7 @@ def this_gpu() -> Machine | None:
 
 
 def topic_module(topic):
+    """The module labkit.<topic>."""
     return importlib.import_module(f"labkit.{topic}")
 
 

@@ -142,10 +142,12 @@ def _with_gradient(loss_of, student_logits):
 
 
 def eager(student_logits, teacher_logits, **options):
+    """Loss and gradient by the reference, operation by operation: a peer."""
     return _with_gradient(lambda z: kd_loss(z, teacher_logits, **options), student_logits)
 
 
 def compiled(student_logits, teacher_logits, **options):
+    """The same through torch.compile, compiled once per shape."""
     loss = _compiled(student_logits.device.type, *student_logits.shape, *options.values())
     return _with_gradient(lambda z: loss(z, teacher_logits, **options), student_logits)
 

@@ -176,6 +176,7 @@ class Paged:
 
 
 def memory(policy, num_slots=NUM_SLOTS, *, page_size=16, max_len=MAX_LEN) -> Reserved | Paged:
+    """The memory of a policy of POLICIES, num_slots tokens large."""
     args.expect(policy in POLICIES, "policy", policy, f"one of {POLICIES}")
     return Paged(num_slots, page_size) if policy == "paged" else Reserved(policy, num_slots, max_len)
 

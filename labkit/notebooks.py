@@ -139,10 +139,12 @@ def _split(notebook):
 
 
 def read(path):
+    """The notebook at `path`."""
     return nbformat.read(path, as_version=4)
 
 
 def write(notebook, path):
+    """Store the notebook at `path`, valid and as canonical JSON."""
     nbformat.validate(notebook)
     Path(path).write_text(dumps(notebook), encoding="utf-8")
 

@@ -287,6 +287,7 @@ def _figure(title, body, data):
 
 
 def control(label, values, index):
+    """The HTML of one choice: a slider for more than three numbers, else a list."""
     if len(values) > 3 and all(isinstance(value, Real) for value in values):
         shown = escape(str(values[index]))
         field = f"<input type=range min=0 max={len(values) - 1} value={index}><output>{shown}</output>"

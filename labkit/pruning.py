@@ -87,6 +87,7 @@ def _random(generator, device, rows, k):
 
 
 def sparse_case(layer, m, *, tiny=False):
+    """The product of m tokens with the 2:4 weights of a layer of LAYERS, bf16."""
     n, k = LAYERS[layer]
     if tiny:
         n, k = n // 128, k // 32
@@ -122,6 +123,7 @@ def zeros_case(name, share, width, *, tiny=False):
 
 
 def mask_case(name, layer, *, tiny=False, **options):
+    """Wanda's mask of a layer of LAYERS; options: sparsity, or n and m."""
     rows, k = LAYERS[layer]
     rows, k = (rows // 1024, k // 32) if tiny else (rows, k)
 

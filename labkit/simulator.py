@@ -66,6 +66,7 @@ def frame(model, device, context, batch, *labels):
 
 
 def panels():
+    """{name: panel}: the bars of memory and time, and the table under them."""
     memory = player.Bars(COLUMNS, unit="% of the memory", span=120, name="memory of the GPU")
     time = player.Bars(COLUMNS, unit="% of all off", span=120, name="time of a token, all sequences together")
     for bars, slots in ((memory, 6), (time, 2)):

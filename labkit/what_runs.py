@@ -52,10 +52,12 @@ def compile_table(cases, interpreted, targets=TARGETS):
 
 
 def save(table, path=FILE):
+    """Write what `compile_table` returned."""
     path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
 def load(path=FILE):
+    """What `save` wrote."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
