@@ -11,6 +11,8 @@ This file never raises: `transformers` probes for a package of this name.
 
 import os
 
+LEAST_CAPABILITY = (8, 0)  # of an NVIDIA GPU, that Triton supports
+
 
 def _has_usable_gpu() -> bool:
     try:
@@ -18,7 +20,7 @@ def _has_usable_gpu() -> bool:
 
         if not torch.cuda.is_available():
             return False
-        return torch.version.hip is not None or torch.cuda.get_device_capability() >= (8, 0)
+        return torch.version.hip is not None or torch.cuda.get_device_capability() >= LEAST_CAPABILITY
     except Exception:  # no torch, or a broken driver: then there is no GPU to use
         return False
 
@@ -48,6 +50,6 @@ def where() -> str:
     slow = "Kernels run in Triton's interpreter on the CPU: right, on small sizes, and never timed."
     if not name:
         return f"No GPU that torch {version} can use.\n{slow}"
-    if not amd and (major, minor) < (8, 0):
+    if not amd and (major, minor) < LEAST_CAPABILITY:
         return f"{gpu} is here, but Triton supports 8.0 (A100, RTX 30) and later.\n{slow}"
     return f"{gpu} is here, but TRITON_INTERPRET=1 is set.\n{slow}"

@@ -166,7 +166,8 @@ def table(names) -> int:
                 interpreted[name] = bench.measure(topic, plain, ops(topic), machine)[0].verdict
     made = what_runs.compile_table({name: cases[name] for name in cases if name in functions.values()}, interpreted)
     what_runs.save(made)
-    print(what_runs.Table(made), *what_runs.Table(made).notes(), sep="\n")
+    shown = what_runs.Table(made)
+    print(shown, *shown.notes(), sep="\n")
     return 0
 
 

@@ -206,7 +206,7 @@ def predict(key, question, unit=""):
         f"<label>{question_} <input type=number step=any>{unit_}</label><button type=button>Commit</button></div>"
         f'<p class="lab-text" aria-live="polite">{question_} Write down a number ({unit_}) before you read on.</p>'
     )
-    return Html(_figure("Predict", body, {"predict": key, "unit": unit}), f"Predict: {question} ({unit})")
+    return Html(figure("Predict", body, {"predict": key, "unit": unit}), f"Predict: {question} ({unit})")
 
 
 def reveal(key, answer, unit="", *, source):
@@ -220,7 +220,7 @@ def reveal(key, answer, unit="", *, source):
         '<p class="lab-yours" aria-live="polite"></p>'
     )
     data = {"reveal": key, "answer": answer, "unit": unit}
-    return Html(_figure("Your prediction", body, data), f"{found} {source}")
+    return Html(figure("Your prediction", body, data), f"{found} {source}")
 
 
 def live(callback, **controls):
@@ -273,15 +273,16 @@ def _player(title, panels, frames, controls, options, key, legend, caption):
         + f"<figcaption>{escape(caption)}</figcaption>"
     )
     data = {"key": key, "options": options, "states": list(states), "frames": table, "texts": texts}
-    return _figure(title, body, data), f"{title}: {len(frames)} frames. {texts[key]}"
+    return figure(title, body, data), f"{title}: {len(frames)} frames. {texts[key]}"
 
 
-def _figure(title, body, data):
-    css, js = ((_HERE / f"player.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+def figure(title, body, data, script="player.js", *, classes="lab-player", attributes=""):
+    """The HTML of a figure with its style, the data of its script as JSON, and the script (a file beside this one)."""
+    css, js = ((_HERE / name).read_text(encoding="utf-8") for name in ("player.css", script))
     # `</` would end the script; JSON allows the escaped slash.
     payload = json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("</", "<\\/")
     return (
-        f'<figure class="lab-player" role="group" aria-label="{escape(title)}"><style>{css}</style>{body}'
+        f'<figure class="{classes}" role="group" aria-label="{escape(title)}"{attributes}><style>{css}</style>{body}'
         f'<script type="application/json">{payload}</script><script>{js}</script></figure>'
     )
 

@@ -178,15 +178,19 @@ def run_experiment(name: str, experiment: Experiment, results: Path | None = Non
     return record
 
 
+def read_experiment(path: Path) -> Recorded:
+    """What `run_experiment` wrote."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    samples = {int(seed): sample for seed, sample in record["samples"].items()}
+    return Recorded(**record | {"samples": samples, "seeds": tuple(record["seeds"])})
+
+
 def experiment(name: str, results: Path | None = None) -> Recorded | None:
     """Read a recorded experiment and print where it comes from; None, said in words, if it was never run."""
     path = (results or RESULTS) / "cpu" / f"{name}.json"
     if not path.exists():
         print(f"Nothing was recorded for the experiment {name}: `make experiments` runs it.")
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    record["samples"] = {int(seed): sample for seed, sample in record["samples"].items()}
-    record["seeds"] = tuple(record["seeds"])
-    record = Recorded(**record)
+    record = read_experiment(path)
     print(record)
     return record

@@ -4,14 +4,11 @@ There are too many choices for a table of frames. So the page carries the formul
 evaluates them; a test compares what it draws with what Python draws.
 """
 
-import json
 from html import escape
-from pathlib import Path
 
 from labkit import player, step_model
 from labkit.step_model import BATCHES, CHOICES, CONTEXTS, DEVICES, FORMULAS, SWITCHES
 
-_HERE = Path(__file__).parent
 CONTROLS = {"model": CHOICES, "GPU": list(DEVICES), "context": list(CONTEXTS), "batch": list(BATCHES)} | {
     label: [off, on] for label, off, on in SWITCHES.values()
 }
@@ -81,8 +78,9 @@ def simulator():
         player.control(label, values, values.index(first))
         for (label, values), first in zip(CONTROLS.items(), START, strict=True)
     )
-    drawn = {name: panel.html(panel.items(now[name])) for name, panel in panels().items()}
-    names = {name: f'<p class="lab-name">{escape(panel.name)}</p>' for name, panel in panels().items()}
+    made = panels()
+    drawn = {name: panel.html(panel.items(now[name])) for name, panel in made.items()}
+    names = {name: f'<p class="lab-name">{escape(panel.name)}</p>' for name, panel in made.items()}
     wide = "".join(f'<div class="lab-panel lab-wide">{names[name]}{drawn[name]}</div>' for name in ("memory", "time"))
     marks = "".join(f'<li><i class="{color}"></i>{meaning}</li>' for color, meaning in LEGEND.items())
     text = escape(now["text"])
@@ -105,10 +103,6 @@ def simulator():
             for name in DEVICES
         },
     }  # fmt: skip
-    payload = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
-    css, js = ((_HERE / name).read_text(encoding="utf-8") for name in ("player.css", "simulator.js"))
-    html = (  # data-ready: the players' own script passes it by
-        f'<figure class="lab-player lab-simulator" role="group" aria-label="One decode step" data-ready><style>{css}'
-        f'</style>{body}<script type="application/json">{payload}</script><script>{js}</script></figure>'
-    )
+    look = dict(classes="lab-player lab-simulator", attributes=" data-ready")  # the players' own script passes it by
+    html = player.figure("One decode step", body, data, "simulator.js", **look)
     return player.Html(html, f"One decode step: {now['text']}")

@@ -3,11 +3,11 @@
 Nothing is computed anew and no figure is typed in: lines are drawn from the files under `results/`.
 """
 
-import json
 from statistics import median
 
 from labkit.comparison import Comparison
-from labkit.record import CEILING, RESULTS, Recorded, load
+from labkit.fusion_study import gain
+from labkit.record import CEILING, RESULTS, load, read_experiment
 
 
 def gpus(results=None):
@@ -51,12 +51,7 @@ def state(folder):
 
 def experiments(results=None):
     """All recorded CPU experiments, [Recorded], by name."""
-    found = []
-    for path in sorted((results or RESULTS).glob("cpu/*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        record["samples"] = {int(seed): sample for seed, sample in record["samples"].items()}
-        found.append(Recorded(**record | {"seeds": tuple(record["seeds"])}))
-    return found
+    return [read_experiment(path) for path in sorted((results or RESULTS).glob("cpu/*.json"))]
 
 
 # ---- what an experiment says in a line or two: function of one seed's sample
@@ -94,8 +89,8 @@ def _streaming_costs(s):
 
 
 def _fusion(s):
-    gains = {batch: median(x["eager"]) / median(x["compiled"]) for batch, x in s["block"].items()}
-    return ["a block, eager / torch.compile: " + ", ".join(f"{n} tokens {gain:.2f}x" for n, gain in gains.items())]
+    gains = (f"{n} tokens {gain(times):.2f}x" for n, times in s["block"].items())
+    return ["a block, eager / torch.compile: " + ", ".join(gains)]
 
 
 def _batching(s):

@@ -30,17 +30,17 @@ def compile_table(cases, interpreted, targets=TARGETS):
 
     interpreted: {function: verdict of a run in the interpreter, "ok: ..." or "wrong: ..."}; others are in the tests.
     """
-    rows = []
-    for target in targets:  # one process a target; below they come from the cache
-        codegen.compiled(list(cases.values()), (target,))
+    rows, found = [], {}  # (function, target) -> one dict a kernel
+    for kernel in codegen.compiled(list(cases.values()), targets):
+        found.setdefault((kernel["function"], kernel["target"]), []).append(kernel)
     for function, case in cases.items():
         row = {"function": function, "case": case.name, "interpreter": interpreted.get(function, "")}
         row |= {"source_hash": source_hash(function), "targets": {}}
         for target in targets:
-            made = codegen.compiled([case], (target,))
-            found = [problem for kernel in made for problem in codegen.problems(case, kernel)]
+            made = found[function, target]
+            problems = [problem for kernel in made for problem in codegen.problems(case, kernel)]
             row["targets"][target] = {
-                "problems": list(dict.fromkeys(found)),
+                "problems": list(dict.fromkeys(problems)),
                 "spills": sum(kernel.get("spills", 0) for kernel in made),
                 "shared": max(kernel.get("shared", 0) for kernel in made),
                 "matrix": sorted({name for kernel in made for name in kernel.get("matrix", {})}),
