@@ -4,7 +4,8 @@
 
 Every tests/test_<topic>.py lists its own: PLANTED_BUGS = [(file, old text, new text), ...]. The old text stands in
 the file exactly once, so a bug that no longer applies is noticed. A bug is caught when a test fails (or the process
-dies, as unmasked loads make it); one that survives makes this program exit with 1.
+dies, as unmasked loads make it); one that survives makes this program exit with 1. Before the first bug of a topic
+its tests have to pass in the copy as it is, or a failure would show nothing.
 """
 
 import ast
@@ -25,15 +26,20 @@ def planted_bugs(test_file: Path) -> list[tuple[str, str, str]]:
     return []
 
 
-def is_caught(test_file: Path, file: str, old: str, new: str) -> bool:
+def fails(test_file: Path, bug: tuple[str, str, str] | None = None) -> bool:
+    """Whether a test fails in a copy of the repository, with the bug planted."""
     with tempfile.TemporaryDirectory() as tmp:
-        for room in ("kernels", "labkit", "tests"):
+        for room in ("kernels", "labkit", "tests", "chapters"):
             shutil.copytree(ROOT / room, Path(tmp) / room, ignore=shutil.ignore_patterns("__pycache__"))
-        path = Path(tmp) / file
-        source = path.read_text()
-        if source.count(old) != 1:
-            raise SystemExit(f"{test_file.name}: the text to change stands {source.count(old)} times in {file}: {old!r}")
-        path.write_text(source.replace(old, new))
+        for file in filter(Path.is_file, ROOT.iterdir()):
+            shutil.copy(file, tmp)
+        if bug:
+            file, old, new = bug
+            path = Path(tmp) / file
+            source = path.read_text()
+            if (count := source.count(old)) != 1:
+                raise SystemExit(f"{test_file.name}: the text to change stands {count} times in {file}: {old!r}")
+            path.write_text(source.replace(old, new))
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--rootdir", tmp, f"tests/{test_file.name}"]
         done = subprocess.run(command, cwd=tmp, capture_output=True, text=True)
         if done.returncode in (2, 3, 4, 5):  # not a failed test but an error in collecting or starting
@@ -46,8 +52,11 @@ def main(topics: list[str]) -> int:
     for test_file in sorted((ROOT / "tests").glob("test_*.py")):
         if topics and test_file.stem.removeprefix("test_") not in topics:
             continue
-        for file, old, new in planted_bugs(test_file):
-            caught = is_caught(test_file, file, old, new)
+        bugs = planted_bugs(test_file)
+        if bugs and fails(test_file):
+            raise SystemExit(f"{test_file.name} fails as it is: mend that first")
+        for file, old, new in bugs:
+            caught = fails(test_file, (file, old, new))
             survivors += not caught
             print(f"{'caught  ' if caught else 'SURVIVED'}  {file}: {old.strip()!r} -> {new.strip()!r}", flush=True)
     print(f"{survivors} survived")

@@ -1,5 +1,6 @@
 """The built book: complete, self-contained, described, and alive in a real browser in both themes and on a phone."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -26,18 +27,20 @@ def documents(entry):
 
 
 DOCUMENTS = documents(TOC)
+REPOSITORY = "https://github.com/some-one/a-lab"  # the book is tested as it is published, with its launch buttons
 
 
-def build(source, target):
+def build(source, target, repository=""):
     """The command of the Makefile, from the book's sources in a folder of their own."""
     command = [Path(sys.executable).with_name("jupyter-book"), "build", source, "--path-output", target]
-    return subprocess.run([*command, "-W", "-n", "--keep-going"], capture_output=True, text=True)
+    env = {**os.environ, "LAB_REPOSITORY": repository}
+    return subprocess.run([*command, "-W", "-n", "--keep-going"], capture_output=True, text=True, env=env)
 
 
 @pytest.fixture(scope="module")
 def book(tmp_path_factory):
     target = tmp_path_factory.mktemp("book")
-    result = build(ROOT, target)
+    result = build(ROOT, target, REPOSITORY)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-8000:]
     return target / "_build" / "html"
 
@@ -153,7 +156,8 @@ def described(image):
 
 def test_every_image_is_described(pages):
     for name, soup in pages.items():
-        wrong = [str(image)[:200] for image in soup.select("main img, article img") if not described(image)]
+        content = [image for image in soup.select("main img") if not image.find_parent(class_="bd-header-article")]
+        wrong = [str(image)[:200] for image in content if not described(image)]
         assert not wrong, f"{name}: {wrong}"
         bare = [str(image)[:200] for image in soup.select("article .cell_output img") if not image.find_parent("figure")]
         assert not bare, f"{name}: an image without a caption: {bare}"
@@ -247,6 +251,16 @@ def test_chapters_say_what_came_before_and_what_comes_next(pages):
         after = pages[name].select_one("aside.lab-recap").get_text()
         assert "In a sentence." in after
         assert ("Next: " in after) == (name != chapters[-1]), name
+
+
+def test_every_notebook_can_be_launched(book, pages):
+    """The button of a notebook's page names a file of the built book, on the branch that holds it."""
+    for name, soup in pages.items():
+        found = [a["href"] for a in soup.find_all("a", href=re.compile("^https://colab"))]
+        is_notebook = (ROOT / f"{name}.ipynb").exists()
+        file = f"launch/{name}.ipynb"
+        assert found == [f"https://colab.research.google.com/github/some-one/a-lab/blob/gh-pages/{file}"] * is_notebook
+        assert (book / file).exists() == is_notebook
 
 
 def test_a_page_on_paper(book):
