@@ -1,7 +1,8 @@
 # The lab's commands. A virtual environment in .venv is made on first use; nothing else is needed but Python >= 3.11.
 #   make          build the book           make test      prove it
 #   make lab      JupyterLab               make chapters  run all notebooks and store their outputs
-#   make record   measure on this GPU      make experiments, make train: the long CPU runs
+#   make record   measure on this GPU      make tune      measure the trials of block sizes on it
+#   make experiments, make train: the long CPU runs
 # TORCH_INDEX=<url> takes torch from another wheel index, PYTHON=<python> another interpreter.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ NOTEBOOK_ENV := OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AV
 JOBS ?= 2
 
 .DEFAULT_GOAL := book
-.PHONY: book test lab chapters record experiments train table bugs sanitize lint clean
+.PHONY: book test lab chapters record tune experiments train table bugs sanitize lint clean
 
 book: .venv/ready
 	.venv/bin/jupyter-book build . --path-output . -W -n --keep-going -q
@@ -29,6 +30,9 @@ chapters: .venv/ready
 
 record: .venv/ready
 	$(PY) -m kernels record $(if $(DRY),--dry)
+
+tune: .venv/ready
+	$(PY) -m kernels tune $(if $(DRY),--dry)
 
 experiments: .venv/ready
 	$(PY) -m kernels experiments $(NAME)

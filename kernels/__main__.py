@@ -1,7 +1,8 @@
-"""`python -m kernels record | codegen | experiments`: the one program that imports both kernels and labkit.
+"""`python -m kernels record | tune | codegen | experiments`: the one program that imports both kernels and labkit.
 
 record [topic ...]        measure every case on this GPU into labkit/results/<gpu>/, in at most 8 minutes
 record --dry [topic ...]  go through every case for correctness, on tiny sizes, anywhere; writes nothing
+tune [--dry]              compile all trials (labkit/trials.py) for the H200 and, on a GPU, measure them; --dry as above
 codegen [topic ...]       compile every kernel ahead of time and judge what the compiler made of it
 codegen --table           write labkit/results/compiled.json: one call of every kernel, for seven GPUs
 experiments [name ...]    run the long CPU experiments into labkit/results/cpu/
@@ -17,7 +18,7 @@ import time
 from dataclasses import replace
 
 import kernels
-from labkit import bench, codegen, record, what_runs
+from labkit import bench, codegen, record, trials, what_runs
 from labkit.comparison import Comparison
 
 SECONDS = 470.0
@@ -141,6 +142,25 @@ def record_topics(names, seconds=SECONDS) -> int:
     return 0
 
 
+def tune(dry) -> int:
+    """Compile all trials and, on a GPU, measure them. dry: check them on tiny sizes; 1 if one is wrong."""
+    machine = bench.Machine(kernels.DEVICE, record.stamp(kernels.DEVICE)) if dry else bench.this_gpu()
+    rows, path = [], None
+    if not dry:
+        trials.save(trials.compile_trials())
+    if machine and not dry:
+        path = record.RESULTS / record.slug(machine.shared["device"]) / "trials.json"
+        rows = bench.measure_ceilings("trials", machine)
+    for trial in trials.TRIALS if machine else ():
+        rows += trials.measure(trial, ops(trial.topic), machine, tiny=dry)
+        if path:
+            record.save(record.update(record.load(path) if path.exists() else [], rows), path)
+        print(f"{trial.name}: " + "; ".join(f"{row.provider} {row.verdict}" for row in rows[-2:]), flush=True)
+    if not dry:
+        print(trials.Log(trials.load(), rows, {trial.topic: ops(trial.topic) for trial in trials.TRIALS}))
+    return int(any(not row.verdict.startswith("ok") for row in rows if row.case != record.CEILING))
+
+
 def compile_topics(names) -> int:
     """1 if the gate fails for one of the topics."""
     bad = 0
@@ -186,13 +206,15 @@ def run_experiments(wanted) -> int:
 
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser("kernels", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("command", choices=("record", "codegen", "experiments"))
+    parser.add_argument("command", choices=("record", "tune", "codegen", "experiments"))
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--dry", action="store_true", help="with record: check, do not measure")
+    parser.add_argument("--dry", action="store_true", help="with record and tune: check, do not measure")
     parser.add_argument("--table", action="store_true", help="with codegen: write the table of the book")
     options = parser.parse_intermixed_args(arguments)
     if options.command == "experiments":
         return run_experiments(options.names)
+    if options.command == "tune":
+        return tune(options.dry)
     names = chosen(topics("cases" if options.command == "record" else "codegen_cases"), options.names)
     if options.command == "codegen":
         return table(topics("codegen_cases")) if options.table else compile_topics(names)

@@ -9,6 +9,7 @@ the kernel has changed since; or it says that nothing was recorded.
 import contextlib
 import functools
 import importlib
+import json
 import math
 import os
 import time
@@ -21,6 +22,7 @@ from labkit import check, timing
 from labkit.comparison import Comparison
 from labkit.provenance import source_hash
 from labkit.record import CEILING, Row, find, stamp
+from labkit.rules import changed
 
 ROUNDS = 3
 SEED = 0
@@ -39,7 +41,8 @@ class Case:
     peers: {name: prepare}. prepare(**inputs) imports, plans and lays out whatever the peer wants, untimed, and
         returns a function without arguments; its outputs are compared with the first ones of the reference. What it
         raises is the reason why the peer did not run.
-    variants: {name: keyword arguments} of the kernel, timed beside its default.
+    variants: {name: keyword arguments} of the kernel, timed beside its default. The keyword "rules" is not the
+        kernel's: it changes block rules, as `labkit.rules.changed` takes them.
     without: {peer: reason} for peers left out of this case.
     graph: False times single launches from Python, as a notebook user meets them.
     """
@@ -105,22 +108,28 @@ def topic_cases(topic, **options) -> list[Case]:
 
 
 @functools.cache
-def _digest(kernel, options: tuple) -> str:
-    return source_hash(kernel, extra=dict(options))
+def _digest(kernel, options: str) -> str:
+    return source_hash(kernel, extra=json.loads(options))
 
 
 def providers(case: Case, ops) -> dict[str, tuple[Callable, str]]:
     """{name: (prepare, source hash)}: the kernel, its variants, then the peers (hash "")."""
     kernel = getattr(ops, case.op)
 
-    def bound(**options):
+    def bound(rules=None, **options):
         def prepare(**inputs):
-            return functools.partial(kernel, **inputs, **options)
+            call = functools.partial(kernel, **inputs, **options)
+            return functools.partial(_under, rules, call) if rules else call
 
-        return prepare, _digest(kernel, tuple(options.items()))
+        return prepare, _digest(kernel, json.dumps(options | ({"rules": rules} if rules else {}), sort_keys=True))
 
     own = {case.op: bound()} | {name: bound(**options) for name, options in case.variants.items()}
     return own | {name: (prepare, "") for name, prepare in case.peers.items()}
+
+
+def _under(rules, call):
+    with changed(rules):
+        return call()
 
 
 def hashes(cases, ops) -> dict[tuple[str, str], str]:

@@ -23,6 +23,7 @@ import tempfile
 from pathlib import Path
 
 from labkit.provenance import ROOT, source_hash
+from labkit.rules import changed
 
 CACHE = ROOT / "_build" / "codegen"
 # The share of coded load bytes that must come 16 bytes at a time: a kernel that reads K whole and V in pieces has half.
@@ -78,6 +79,7 @@ class Case:
 
     function: "kernels.flash_decoding:flash_decoding". name: a few words, e.g. "bf16, head_dim 128, group 8".
     arguments: by name; a `Tensor` or any plain value.
+    rules: block rules changed for this call, as `labkit.rules.changed` takes them.
     matrix: names of the launched kernels that have to use the matrix unit. Which instruction follows from the dot's
         tile and dtype (`best_matrix`).
     narrow: names of the kernels that are allowed loads narrower than 16 bytes.
@@ -88,6 +90,7 @@ class Case:
     arguments: dict
     matrix: tuple = ()
     narrow: tuple = ()
+    rules: dict = dataclasses.field(default_factory=dict)
 
 
 def cases(topic):
@@ -192,6 +195,7 @@ def _cache_file(case, target, source):
     """Where the result is kept: named by the code that it depends on, the arguments, the target and the versions."""
     arguments = {name: str(value) for name, value in sorted(case.arguments.items())}
     key = [case.function, arguments, source, target, *map(importlib.metadata.version, ("torch", "triton"))]
+    key += [case.rules] if case.rules else []
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     return CACHE / f"{case.function.replace(':', '.')}-{target}-{digest}.json"
 
@@ -206,7 +210,8 @@ def _main():
     for case, file in job["cases"]:
         launches.clear()
         try:
-            result = _compile_case(case, ALL_TARGETS[job["target"]], launches)
+            with changed(case["rules"]):
+                result = _compile_case(case, ALL_TARGETS[job["target"]], launches)
         except Exception as e:
             print("\n" + json.dumps([file, f"{type(e).__name__}: {e}"]), flush=True)
             continue

@@ -1,0 +1,286 @@
+"""Trials: one change to a kernel each, what it should do and why, and what it did.
+
+A kernel gets fast by trials. Each says beforehand how much the change should gain; then it is measured. What the
+compiler makes of it is known without a GPU, and settles some trials at once: what spills or does not fit is out.
+
+`make tune` compiles all trials for the H200 into `results/trials.json` and, on a GPU, measures them into
+`results/<gpu>/trials.json`. The page "How these kernels got fast" shows both beside the predictions.
+"""
+
+import html
+import importlib
+import json
+from dataclasses import dataclass, field, replace
+
+from labkit import bench, codegen
+from labkit.comparison import Comparison
+from labkit.provenance import source_hash
+from labkit.record import RESULTS, stamp
+
+FILE = RESULTS / "trials.json"
+TARGET = "sm_90"  # the GPU whose anchors the kernels are held against
+CHANGED = "changed"
+BLOCKS = ("constexprs", "num_warps", "num_stages")
+FACTS = ("kernel", *BLOCKS, "registers", "spills", "shared", "shared_limit", "programs_per_sm")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """name: the change, in a few words; unique.
+
+    topic, case: the line of the topic's benchmark that it is timed on. options: keyword arguments of the kernel.
+    rules: block rules changed, as `labkit.rules.changed` takes them.
+    gain: (least, most) predicted of time as it is / time with the change; None: the compiler should rule it out.
+    because: the reason for the prediction, a sentence or two.
+    compiled: which codegen case of the function is compiled, by name; "" the first one.
+    """
+
+    name: str
+    topic: str
+    case: str
+    gain: tuple[float, float] | None
+    because: str
+    options: dict = field(default_factory=dict)
+    rules: dict = field(default_factory=dict)
+    compiled: str = ""
+
+
+def _decode(name, gain, because, values=None, case="Llama-3-8B B=8 L=8192", **options):
+    rules = {"kernels.flash_decoding:split_config": values} if values else {}
+    return Trial(f"decode: {name}", "flash_decoding", case, gain, because, options, rules)
+
+
+def _paged(name, gain, because, values=None, **options):
+    rules = {"kernels.paged_attention:split_config": values} if values else {}
+    return Trial(f"pages: {name}", "paged_attention", "B=8 L=8192 page 16", gain, because, options, rules)
+
+
+def _flat(name, gain, because, values, case="flat QKV M=8"):
+    rules = {"kernels.flash_decoding_pp:flat_config": values}
+    return Trial(f"flat GEMM: {name}", "flash_decoding_pp", case, gain, because, {}, rules)
+
+
+def _prefill(name, gain, because, values):
+    rules = {"kernels.attention:attention_config": values}
+    return Trial(f"prefill: {name}", "gqa", "prefill, 8 KV heads", gain, because, {}, rules, "bfloat16, head_dim 128")
+
+
+TRIALS = (
+    _decode("128 keys a tile", (0.85, 1.0), "The double tile leaves room for one program an SM. While it starts and "
+            "ends, nobody reads.", {"BLOCK_N": 128}),
+    _decode("32 keys a tile", (0.9, 1.02), "Half as many bytes on their way, still more than the memory needs. Twice "
+            "the turns of the loop.", {"BLOCK_N": 32}),
+    _decode("two stages", (0.85, 1.0), "One tile on its way instead of two, and the products wait for it.",
+            {"num_stages": 2}),
+    _decode("four stages", (0.95, 1.02), "Two programs an SM with two tiles each have 128 KiB on their way, several "
+            "times what the memory needs. More does not help.", {"num_stages": 4}),
+    _decode("8 warps", (0.95, 1.02), "Memory decides. More warps only share the same few products.", {"num_warps": 8}),
+    _decode("twice the splits", (0.9, 1.0), "At batch 1 the rule fills two programs an SM. More splits make a second "
+            "wave and a longer merge.", case="Llama-3-8B B=1 L=8192", num_splits=64),
+    _decode("half the splits", (0.8, 1.0), "One program an SM instead of two.", case="Llama-3-8B B=1 L=8192",
+            num_splits=16),
+    _decode("one launch", (1.02, 1.2), "The second launch costs a microsecond or so, of about a dozen.",
+            case="Llama-3-8B B=1 L=8192", one_launch=True),
+    _decode("one launch, 1,024 keys", (1.05, 1.4), "The same microsecond, of fewer.", case="Llama-3-8B B=1 L=1024",
+            one_launch=True),
+    Trial("unified: with the running maximum", "flash_decoding_pp", "unified B=16 L=8192", (0.95, 1.0), "The maximum "
+          "and the rescaling are hidden behind the reads.", {"synchronised": True}),
+    Trial("unified: 8 warps", "flash_decoding_pp", "unified B=16 L=8192", (0.95, 1.02), "Memory decides.",
+          rules={"kernels.flash_decoding_pp:unified_config": {"num_warps": 8}}),
+    _flat("16 tokens a tile for 8", (0.95, 1.03), "The weights are most of the bytes. The padding costs products that "
+          "nobody waits for.", {"BLOCK_M": 16}),
+    _flat("64 tokens a tile for 8", (0.9, 1.0), "As before, and x takes shared memory from w.", {"BLOCK_M": 64}),
+    _flat("two stages", (0.75, 0.97), "One tile of w on its way instead of three.", {"num_stages": 2}),
+    _flat("64 of K a tile", (0.9, 1.02), "Rows of 128 bytes instead of 256, and twice the turns.", {"BLOCK_K": 64}),
+    _flat("K not cut", (0.4, 0.8), "64 tiles for 132 SMs: half of the GPU has no work.", {"SPLIT_K": 1},
+          case="flat O M=8"),
+    Trial("norm: 16 warps, one token", "fusion", "add_rmsnorm [1, 4096]", (0.95, 1.1), "A single program: more warps "
+          "ask for the row at once, and have more to sum up.", rules={"kernels.fusion:row_config": {"num_warps": 16}}),
+    Trial("norm: 4 warps, 2,048 tokens", "fusion", "add_rmsnorm [2048, 4096]", (0.95, 1.05), "Enough rows to keep "
+          "memory busy either way.", rules={"kernels.fusion:row_config": {"num_warps": 4}}),
+    Trial("2:4: four stages", "pruning", "2:4 gate M=8", (0.98, 1.08), "The compressed tiles are small. One more fits.",
+          rules={"kernels.pruning:config_24": {"num_stages": 4}}, compiled="bfloat16, M=16 [4096, 4096]"),
+    Trial("2:4: 256 of K a tile", "pruning", "2:4 gate M=8", (0.9, 1.05), "Wider rows, fewer turns; but the expanded "
+          "tile lies in registers.", rules={"kernels.pruning:config_24": {"BLOCK_K": 256}},
+          compiled="bfloat16, M=16 [4096, 4096]"),
+    Trial("distillation: 8,192 logits a tile", "distillation", "forward KL, vocabulary 128,256", (0.9, 1.05),
+          "Fewer turns with a longer sum at the end of each.",
+          rules={"kernels.distillation:distillation_config": {"BLOCK_V": 8192, "num_warps": 16}}),
+    Trial("distillation: 8,192 logits, 4 warps", "distillation", "forward KL, vocabulary 128,256", None, "64 logits a "
+          "thread of each model, in fp32, do not fit into its registers.",
+          rules={"kernels.distillation:distillation_config": {"BLOCK_V": 8192, "num_warps": 4}}),
+    _paged("id read in place", (0.8, 0.97), "A load that waits for another load cannot be fetched ahead as far: one "
+           "tile on its way instead of two.", read_ahead=False),
+    _paged("id read in place, five stages", (0.95, 1.02), "More stages give back what the load in the loop took.",
+           {"num_stages": 5}, read_ahead=False),
+    _paged("four stages", (0.95, 1.03), "As without pages: two tiles are enough.", {"num_stages": 4}),
+    Trial("GQA: one query head a program", "gqa", "B=16 L=4096, 8 KV heads", (0.3, 0.9), "Four programs read the same "
+          "keys. The L2 cache takes a part of it away.", {"heads": 1}),
+    Trial("stream: 64 keys a tile", "streaming_llm", "B=8 sinks 4 + window 1020", (0.85, 1.0), "The angles lie beside "
+          "the keys, so the double tile leaves room for one program an SM.",
+          rules={"kernels.streaming_llm:sink_config": {"BLOCK_N": 64}}),
+    _prefill("4 warps", None, "A tile of 128 queries and 128 numbers each, in fp32, is 128 registers a thread before "
+             "anything else.", {"num_warps": 4}),
+    _prefill("128 keys a tile", (0.9, 1.1), "Longer products for the matrix unit; the scores take twice the "
+             "registers.", {"BLOCK_N": 128}),
+    _prefill("two stages", (0.85, 1.0), "The next tile is asked for later.", {"num_stages": 2}),
+    Trial("ragged: 64 keys a tile", "batching", "32 decodes + chunk of 512", (0.9, 1.1), "Pages of 16 keys: a tile of "
+          "64 has four ids. Fewer turns, more addresses.",
+          rules={"kernels.batching:ragged_config": {"BLOCK_N": 64}}),
+)  # fmt: skip
+
+
+def bench_case(trial, tiny=False):
+    """The line of the benchmark with the change as its only variant, under the trial's name."""
+    case = next(case for case in bench.topic_cases(trial.topic, tiny=tiny) if case.name == trial.case)
+    variant = trial.options | ({"rules": trial.rules} if trial.rules else {})
+    return replace(case, name=trial.name, section=trial.topic, peers={}, without={}, variants={CHANGED: variant})
+
+
+def function_of(trial):
+    """The kernel that a trial is about, "module:name", where it is defined."""
+    kernel = getattr(importlib.import_module(f"kernels.{trial.topic}"), bench_case(trial, tiny=True).op)
+    return f"{kernel.__module__}:{kernel.__name__}"
+
+
+def pair_of(trial):
+    """The codegen case of the kernel as it is, and with the change."""
+    function = function_of(trial)
+    known = [case for case in codegen.cases(function.partition(":")[0].split(".")[1]) if case.function == function]
+    case = next(case for case in known if trial.compiled in ("", case.name))
+    return case, replace(case, name=trial.name, arguments=case.arguments | trial.options, rules=trial.rules)
+
+
+# ---- what the compiler makes of them
+
+
+def compile_trials(trials=TRIALS):
+    """Compile every trial for `TARGET`, as it is and changed; return what `save` writes."""
+    pairs = {trial.name: pair_of(trial) for trial in trials}
+    cases = {(case.function, case.name): case for pair in pairs.values() for case in pair}
+    found = {}
+    for row in codegen.compiled(list(cases.values()), (TARGET,)):
+        # the first kernel of a function is the one that works; a merge may follow
+        facts = {"error": row["error"]} if "error" in row else {fact: row[fact] for fact in FACTS}
+        found.setdefault((row["function"], row["case"]), facts)
+    rows = {}
+    for trial in trials:
+        case, changed = pairs[trial.name]
+        rows[trial.name] = {"function": case.function, "case": case.name, "source_hash": digest(trial)}
+        rows[trial.name] |= {"as_is": found[case.function, case.name], CHANGED: found[case.function, changed.name]}
+    versions = {key: value for key, value in stamp("").items() if key in ("torch", "triton", "date", "commit")}
+    return versions | {"target": TARGET, "trials": rows}
+
+
+def digest(trial):
+    """Hash of the kernel and the change: it differs once what was compiled is not what stands here."""
+    return source_hash(function_of(trial), extra=[trial.options, trial.rules])
+
+
+def save(compiled, path=FILE):
+    """Write what `compile_trials` returned."""
+    path.write_text(json.dumps(compiled, indent=1) + "\n", encoding="utf-8")
+
+
+def load(path=FILE):
+    """What `save` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def ruled_out(facts):
+    """Why nobody needs to time this: a sentence, or ""."""
+    if "error" in facts:
+        return "does not compile"
+    if facts["shared"] > facts["shared_limit"]:
+        return f"needs {facts['shared']:,} bytes of shared memory, there are {facts['shared_limit']:,}"
+    return f"spills ({facts['spills']} spilled loads and stores)" if facts["spills"] else ""
+
+
+# ---- what was measured
+
+
+def measure(trial, ops, machine, tiny=False):
+    """Check the trial's kernel with and without the change, and time both in turn; rows for the record."""
+    rows = bench.measure(trial.topic, bench_case(trial, tiny), ops, machine)
+    return [replace(row, topic="trials") for row in rows]
+
+
+class Log:
+    """Every trial with its prediction, what the compiler made of it, and what was measured, if it was."""
+
+    def __init__(self, compiled, rows, ops, trials=TRIALS, gpu=""):
+        """compiled: from `load`. rows: measured, from `labkit.record`. ops: {topic: module with its kernels}."""
+        self.trials, self.compiled = {trial.name: trial for trial in trials}, compiled
+        cases = [bench_case(trial) for trial in trials]
+        hashes = {k: v for case in cases for k, v in bench.hashes([case], ops[case.section]).items()}
+        self.measured = Comparison("trials", cases, rows, hashes)
+        self.stale = [t.name for t in trials if compiled["trials"].get(t.name, {}).get("source_hash") != digest(t)]
+
+    def gain(self, name):
+        """Time as it is / time with the change; None where it was not measured."""
+        return self.measured.ratio(name, self.measured.cases[name].op, CHANGED)
+
+    def outcome(self, name):
+        """What came of a trial, in words."""
+        trial, why = self.trials[name], ruled_out(self.compiled["trials"][name][CHANGED])
+        if why or trial.gain is None:
+            foreseen = "as predicted" if (trial.gain is None) == bool(why) else "not as predicted"
+            return f"{foreseen}: {why or 'the compiler has nothing against it'}"
+        gain = self.gain(name)
+        if gain is None:
+            row = self.measured.row(name, CHANGED)
+            return row.verdict if row else "not measured yet"
+        least, most = trial.gain
+        foreseen = "as predicted" if least <= gain <= most else "not as predicted"
+        tie = self.measured.is_tie(name, CHANGED)
+        return f"{gain:.2f}, {foreseen}: {'a tie' if tie else 'faster' if gain > 1 else 'slower'}"
+
+    def lines(self, topic):
+        """Header and a line a trial of the topic: change and reason, prediction, compiled, outcome."""
+        lines = [["change", "because", "predicted gain", f"compiled for {TARGET}", "outcome"]]
+        for name, trial in self.trials.items():
+            if trial.topic == topic:
+                compiled = self.compiled["trials"][name]
+                predicted = f"{trial.gain[0]:.2f} to {trial.gain[1]:.2f}" if trial.gain else "ruled out"
+                change = f"{name.partition(': ')[2]} ({trial.case})"
+                facts = _difference(compiled["as_is"], compiled[CHANGED])
+                lines.append([change, trial.because, predicted, facts, self.outcome(name)])
+        return lines
+
+    def topics(self):
+        return list(dict.fromkeys(trial.topic for trial in self.trials.values()))
+
+    def tally(self):
+        """{"as predicted" | "not as predicted" | "open": how many}"""
+        words = [self.outcome(name) for name in self.trials]
+        wrong = sum("not as predicted" in text for text in words)
+        right = sum("as predicted" in text for text in words) - wrong
+        return {"as predicted": right, "not as predicted": wrong, "open": len(words) - right - wrong}
+
+    def __repr__(self):
+        return "\n".join(" | ".join(line) for topic in self.topics() for line in self.lines(topic))
+
+    def _repr_html_(self):
+        parts = []
+        for topic in self.topics():
+            head, *body = ([html.escape(cell) for cell in line] for line in self.lines(topic))
+            heads = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+            rows = "".join(
+                f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>"
+                for first, *rest in body
+            )
+            parts.append(f"<p><strong>{topic}</strong></p><table style=\"white-space: normal\"><thead><tr>{heads}</tr>")
+            parts.append(f"</thead><tbody>{rows}</tbody></table>")
+        return "".join(parts)
+
+
+def _difference(as_is, changed):
+    """What the change did to the compiled kernel, e.g. "registers 128 -> 166, programs an SM 2 -> 1"."""
+    if "error" in as_is or "error" in changed:
+        return changed.get("error", "") or as_is["error"]
+    names = {"registers": "registers", "shared": "bytes of shared memory", "programs_per_sm": "programs an SM"}
+    parts = [
+        f"{words} {as_is[key]:,} \N{RIGHTWARDS ARROW} {changed[key]:,}" for key, words in names.items()
+        if as_is[key] != changed[key]
+    ]
+    return ", ".join(parts) or "the same resources"

@@ -1,0 +1,178 @@
+"""Trials: each one changes what it says, stays right, and its outcome is told as it was. Block rules come back."""
+
+import importlib
+from dataclasses import replace
+
+import pytest
+
+import kernels
+from labkit import bench, record, trials
+from labkit.rules import changed
+from labkit.trials import CHANGED, TRIALS, Log, Trial, bench_case, measure, ruled_out
+
+PLANTED_BUGS = [
+    ("labkit/rules.py", "return chosen | values", "return chosen"),
+    ("labkit/rules.py", "undo.callback(setattr, module, function, rule)", "pass"),
+    ("labkit/rules.py", "set(values) - set(chosen)", "set(values) - set(values)"),
+    ("labkit/bench.py", "with changed(rules):\n        return call()", "return call()"),
+    ("labkit/bench.py", '{"rules": rules} if rules else {}', "{}"),
+    ("labkit/codegen.py", 'with changed(case["rules"]):', "with changed({}):"),
+    ("labkit/codegen.py", "key += [case.rules] if case.rules else []", "pass"),
+    ("labkit/trials.py", "arguments=case.arguments | trial.options, rules", "rules"),
+    ("labkit/trials.py", 'return f"spills ({facts[\'spills\']}', 'return "" and f"({facts[\'spills\']}'),
+    ("labkit/trials.py", "least <= gain <= most", "least <= gain"),
+    ("labkit/trials.py", "extra=[trial.options, trial.rules]", "extra=[trial.options]"),
+    ("labkit/trials.py", '"a tie" if tie else', '"a tie" if not tie else'),
+    ("labkit/trials.py", "self.measured.ratio(name, self.measured.cases[name].op, CHANGED)", "self.measured.ratio(name, CHANGED)"),
+]
+SPLIT_CONFIG = "kernels.flash_decoding:split_config"
+
+
+def ops(topic):
+    return importlib.import_module(f"kernels.{topic}")
+
+
+def test_a_rule_is_changed_and_comes_back():
+    module = ops("flash_decoding")
+    rule = module.split_config
+    import torch
+
+    as_is = rule(torch.bfloat16, 128, 4)
+    with changed({SPLIT_CONFIG: {"BLOCK_N": 8, "num_warps": 1}}):
+        assert module.split_config(torch.bfloat16, 128, 4) == as_is | {"BLOCK_N": 8, "num_warps": 1}
+    assert module.split_config is rule
+    with pytest.raises(RuntimeError), changed({SPLIT_CONFIG: {"BLOCK_N": 8}}):
+        raise RuntimeError
+    assert module.split_config is rule
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ({SPLIT_CONFIG: {"num_warps": 8}, "kernels.flash_decoding:no_rule": {}}, "no_rule"),
+        ({SPLIT_CONFIG: {"BLOCK_Q": 8}}, r"got \['BLOCK_Q'\]"),
+    ],
+)
+def test_a_rule_that_is_not_there(rules, words):
+    import torch
+
+    module = ops("flash_decoding")
+    rule = module.split_config
+    with pytest.raises(ValueError, match=words), changed(rules):
+        module.split_config(torch.bfloat16, 128, 4)
+    assert module.split_config is rule
+
+
+def test_trials_say_what_they_expect():
+    names = [trial.name for trial in TRIALS]
+    assert len(set(names)) == len(names)
+    for trial in TRIALS:
+        assert trial.gain is None or 0 < trial.gain[0] < trial.gain[1], trial.name
+        assert len(trial.because.split()) > 1
+        assert trial.options or trial.rules, f"{trial.name} changes nothing"
+    assert bench_case(TRIALS[0]).name == TRIALS[0].name, "recorded under the name of the trial"
+
+
+def test_every_trial_is_compiled_and_differs():
+    """The record holds all trials, and a changed rule changed what was compiled. Fresh or not, its page says."""
+    compiled = trials.load()["trials"]
+    assert set(compiled) == {trial.name for trial in TRIALS}
+    for trial in TRIALS:
+        as_is, other = compiled[trial.name]["as_is"], compiled[trial.name][CHANGED]
+        if trial.rules and "error" not in other and set(trial.rules) != {"kernels.flash_decoding_pp:flat_config"}:
+            assert [as_is[key] for key in trials.BLOCKS] != [other[key] for key in trials.BLOCKS], trial.name
+
+
+def test_a_trial_compiled_anew():
+    """One that the compiler rules out, through a rule, and one that takes another kernel, through an argument."""
+    chosen = [next(t for t in TRIALS if t.name == name) for name in ("prefill: 4 warps", "decode: one launch")]
+    compiled = trials.compile_trials(chosen)["trials"]
+    spilling, launch = compiled.values()
+    assert spilling["as_is"]["num_warps"] == 8
+    assert spilling[CHANGED]["num_warps"] == 4
+    assert not ruled_out(spilling["as_is"])
+    assert "spills" in ruled_out(spilling[CHANGED])
+    assert [launch[key]["kernel"] for key in ("as_is", CHANGED)] == ["_split_kernel", "_one_launch_kernel"]
+
+
+@pytest.mark.parametrize("topic", sorted({trial.topic for trial in TRIALS}))
+def test_trials_stay_right(topic, device):
+    """The kernel with the change passes the rule of correctness, like every variant."""
+    machine = bench.Machine(device, record.stamp(device))
+    for trial in TRIALS:
+        if trial.topic == topic:
+            for row in measure(trial, ops(topic), machine, tiny=True):
+                assert row.verdict.startswith("ok"), f"{trial.name}, {row.provider}: {row.verdict}"
+                assert row.case == trial.name
+                assert row.topic == "trials"
+
+
+def test_a_trial_that_breaks_the_kernel_is_not_timed(device):
+    """A tile of 0 keys does not run; the verdict says so, and the kernel as it is is judged all the same."""
+    trial = Trial("t", "flash_decoding", "Llama-3-8B B=1 L=1024", (1.0, 2.0), "-", rules={SPLIT_CONFIG: {"BLOCK_N": 0}})
+    as_is, broken = measure(trial, ops("flash_decoding"), bench.Machine(device, record.stamp(device)), tiny=True)
+    assert as_is.verdict.startswith("ok")
+    assert broken.verdict.startswith("not run")
+
+
+FACTS = {"kernel": "k", "constexprs": {}, "num_warps": 4, "num_stages": 3, "registers": 80, "spills": 0,
+         "shared": 1000, "shared_limit": 2000, "programs_per_sm": 3}  # fmt: skip
+
+
+def log_of(trial, us=(), facts=FACTS):
+    """The log of one trial; us: medians as it is and changed."""
+    case = bench_case(trial)
+    rows = []
+    hashes = bench.hashes([case], ops(trial.topic))
+    for provider, time in zip((case.op, CHANGED), us):
+        shared = {**record.stamp("GPU"), "source_hash": hashes[case.name, provider]}
+        rows.append(record.Row("trials", case.name, provider, True, [time] * 5, 1, 0.0, "ok: -", "graph", **shared))
+    compiled = {"trials": {trial.name: {"as_is": FACTS, CHANGED: facts, "source_hash": trials.digest(trial)}}}
+    return Log(compiled, rows, {trial.topic: ops(trial.topic)}, [trial])
+
+
+@pytest.mark.parametrize(
+    ("us", "outcome", "tally"),
+    [
+        ((10.0, 9.5), "1.05, as predicted: faster", (1, 0, 0)),
+        ((10.0, 10.05), "1.00, as predicted: a tie", (1, 0, 0)),
+        ((10.0, 8.0), "1.25, not as predicted: faster", (0, 1, 0)),
+        ((10.0, 12.5), "0.80, not as predicted: slower", (0, 1, 0)),
+        ((), "not measured yet", (0, 0, 1)),
+    ],
+)
+def test_outcomes(us, outcome, tally):
+    log = log_of(replace(TRIALS[0], gain=(0.95, 1.1)), us)
+    assert log.outcome(TRIALS[0].name) == outcome
+    assert tuple(log.tally().values()) == tally
+    assert not log.stale
+    assert outcome in log._repr_html_()
+    assert outcome in repr(log)
+
+
+@pytest.mark.parametrize(
+    ("gain", "facts", "outcome"),
+    [
+        (None, {"spills": 7}, "as predicted: spills (7 spilled loads and stores)"),
+        (None, {}, "not as predicted: the compiler has nothing against it"),
+        ((0.9, 1.1), {"shared": 3000}, "not as predicted: needs 3,000 bytes of shared memory, there are 2,000"),
+        ((0.9, 1.1), {"error": "no"}, "not as predicted: does not compile"),
+    ],
+)
+def test_what_the_compiler_rules_out(gain, facts, outcome):
+    log = log_of(replace(TRIALS[0], gain=gain), (10.0, 9.0), facts if "error" in facts else FACTS | facts)
+    assert log.outcome(TRIALS[0].name) == outcome
+
+
+def test_an_old_compilation_is_noticed():
+    trial = TRIALS[0]
+    log = log_of(trial)
+    other = Log(log.compiled, [], {trial.topic: ops(trial.topic)}, [replace(trial, rules={SPLIT_CONFIG: {"BLOCK_N": 99}})])
+    assert other.stale == [trial.name]
+
+
+def test_hash_knows_the_rule():
+    case = bench_case(TRIALS[0])
+    hashes = bench.hashes([case], ops(TRIALS[0].topic))
+    assert len(set(hashes.values())) == 2, "with and without the change"
+    assert kernels.DEVICE in ("cpu", "cuda")
