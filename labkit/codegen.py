@@ -385,20 +385,25 @@ def _programs_per_sm(target, row):
 
 # ---- show ------------------------------------------------------------------------------------------------------------
 
+def _unit(name):
+    """A matrix instruction without its types: HMMA.16816.F32.BF16 -> HMMA.16816."""
+    return re.sub(r"\.(?:F32|F16|BF16).*|\.gdesc", "", name)
+
+
+# What the texts speak of comes first and fits on a page; the rest is reached by scrolling.
 _COLUMNS = {
-    "case": lambda r: r["case"],
     "target": lambda r: f"{r['target']} ({ALL_TARGETS[r['target']].device})",
     "kernel": lambda r: r["kernel"].strip("_"),
     "registers": lambda r: r["registers"],
     "spills": lambda r: r["spills"],
-    "shared": lambda r: f"{r['shared']:,} of {r['shared_limit']:,}",
+    "shared KiB": lambda r: f"{r['shared'] / 1024:.3g} of {r['shared_limit'] / 1024:.3g}",
     "128-bit loads": lambda r: f"{r['wide_share']:.0%}",
-    "matrix instruction": lambda r: ", ".join(r["matrix"]) or "none",
-    "programs/SM": lambda r: r["programs_per_sm"],
-    "blocks": lambda r: ", ".join(f"{k} {v}" for k, v in r["constexprs"].items()),
+    "matrix instruction": lambda r: ", ".join(dict.fromkeys(map(_unit, r["matrix"]))) or "none",
+    "programs / SM": lambda r: r["programs_per_sm"],
+    "verdict": lambda r: "; ".join(r["problems"]) or "passes",
     "warps": lambda r: r["num_warps"],
     "stages": lambda r: r["num_stages"],
-    "verdict": lambda r: "; ".join(r["problems"]) or "passes",
+    "blocks": lambda r: ", ".join(f"{k} {v}" for k, v in r["constexprs"].items()),
 }
 
 
@@ -408,32 +413,39 @@ class Report:
     def __init__(self, rows, note=""):
         self.rows, self.note = rows, note
 
-    def _cells(self):
-        lines = []
+    def _groups(self):
+        """[(case, lines)], rows of one case together."""
+        groups = {}
         for row in self.rows:
-            if "error" in row:
-                row = {**row, "kernel": "-"}
-                known = ("case", "target", "kernel", "verdict")
-                lines.append([str(show(row)) if name in known else "-" for name, show in _COLUMNS.items()])
-            else:
-                lines.append([str(show(row)) for show in _COLUMNS.values()])
-        return lines
+            known = ("target", "verdict") if "error" in row else _COLUMNS
+            line = [str(show(row)) if name in known else "-" for name, show in _COLUMNS.items()]
+            groups.setdefault((row["function"], row["case"]), []).append(line)
+        return [(case, lines) for (_, case), lines in groups.items()]
 
     def __repr__(self):
         if self.note:
             return self.note
-        lines = [list(_COLUMNS), *self._cells()]
+        lines = [list(_COLUMNS), *(line for _, lines in self._groups() for line in lines)]
         widths = [max(map(len, column)) for column in zip(*lines)]
-        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+        def text(line):
+            return "  ".join(map(str.ljust, line, widths)).rstrip()
+
+        parts = [text(lines[0])]
+        for case, found in self._groups():
+            parts += [case, *map(text, found)]
+        return "\n".join(parts)
 
     def _repr_html_(self):
         if self.note:
             return f"<p>{html.escape(self.note)}</p>"
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in _COLUMNS)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in self._cells()
-        )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in _COLUMNS)
+        parts = [f'<table class="lab-compiled"><thead><tr>{head}</tr></thead>']
+        for case, lines in self._groups():
+            title = f'<th colspan="{len(_COLUMNS)}" scope="rowgroup">{html.escape(case)}</th>'
+            cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in lines)
+            parts.append(f"<tbody><tr>{title}</tr>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</tbody>")
+        return "".join(parts) + "</table>"
 
 
 def report(topic_or_cases, targets=TARGETS):
@@ -459,7 +471,7 @@ def verdicts(topic, targets=TARGETS):
             print(f"{topic}: {row['case']}, {row['target']}, {row['kernel']}: {'; '.join(row['problems'])}")
     else:
         print(
-            f"{topic}: {len(cases(topic))} cases x {len(targets)} targets: no spills, no stack, "
+            f"{topic}: {len(cases(topic))} cases x {len(targets)} targets pass: no spills, no stack,\n"
             "shared memory fits, 128-bit loads, matrix instructions as expected"
         )
 

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 
+from labkit.player import as_html
 from labkit.record import CEILING, Row
 from labkit.timing import MATMUL_FLOPS
 
@@ -201,7 +202,7 @@ class Comparison:
             parts.append(f"</tbody></table></div><p>{html.escape(self.summary(section))}</p>")
             notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes(section))
             parts.append(f"<ul>{notes}</ul>" if notes else "")
-        parts.append(f"<p>{'<br>'.join(html.escape(line) for line in self.provenance())}</p>")
+        parts.append(f"<p>{'<br>'.join(map(as_html, self.provenance()))}</p>")
         return "".join(parts)
 
 

@@ -109,10 +109,12 @@
     const compare = () => {
       const yours = recall(data.reveal);
       if (yours == null) { text.textContent = "You have not committed to a number yet."; return; }
-      const ratio = Number(yours) / data.answer;
+      const ratio = Number(yours) / data.answer, off = Number((Number(yours) - data.answer).toPrecision(3));
+      const times = (x) => (x < 100 ? x.toPrecision(2) : Math.round(x).toLocaleString("en"));
       const verdict = data.answer == null ? "Nothing to compare it with yet."
-        : !(ratio > 0) ? "" : Math.abs(ratio - 1) < 0.05 ? "Within 5 %."
-        : ratio > 1 ? `That is ${ratio.toPrecision(2)} times too high.` : `That is ${(1 / ratio).toPrecision(2)} times too low.`;
+        : !(ratio > 0) || ratio === Infinity ? `That is ${Math.abs(off)} too ${off > 0 ? "high" : "low"}.`
+        : Math.abs(ratio - 1) < 0.05 ? "Within 5 %."
+        : ratio > 1 ? `That is ${times(ratio)} times too high.` : `That is ${times(1 / ratio)} times too low.`;
       text.textContent = `You predicted ${yours} ${data.unit}. ${verdict}`;
     };
     document.addEventListener("lab-predicted", compare);

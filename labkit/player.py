@@ -14,12 +14,13 @@ run.
 
 import json
 import math
+import re
 from html import escape
 from itertools import product
 from numbers import Real
 from pathlib import Path
 
-COLORS = ("muted", "blue", "orange", "green", "purple", "sky", "outline", "bold", "")
+COLORS = ("muted", "blue", "orange", "green", "purple", "sky", "outline", "bold", "")  # bold: framed, whatever is new
 MAX_BYTES = 100_000
 _HERE = Path(__file__).parent
 
@@ -58,18 +59,25 @@ class Grid:
 
 
 class Values(Grid):
-    """Named values, one row each. A frame gives {name: text or number}, with `columns` {name: list of them}."""
+    """Named values, one row each. A frame gives {name: text or number}, with `columns` {name: list of them}.
+
+    prose: columns that hold text, which begins at the left.
+    """
 
     kind = "lab-values"
 
-    def __init__(self, names, columns=(), *, name=""):
+    def __init__(self, names, columns=(), *, prose=(), name=""):
         super().__init__(len(names), max(1, len(columns)), row_labels=names, col_labels=columns, name=name)
+        if unknown := set(prose) - set(columns):
+            raise ValueError(f"prose: got {sorted(unknown)}, expected some of the columns {list(columns)}")
+        self.prose = [column in prose for column in columns] or [False]
 
     def items(self, data):
         if list(data) != self.row_labels:
             raise ValueError(f"values {self.name!r}: got {list(data)}, expected {self.row_labels}")
         rows = [row if isinstance(row, list) else [row] for row in data.values()]
-        return super().items([[cell if isinstance(cell, tuple) else ("", cell) for cell in row] for row in rows])
+        items = super().items([[cell if isinstance(cell, tuple) else ("", cell) for cell in row] for row in rows])
+        return [(*item[:2], "text-align:left" if self.prose[i % self.cols] else "") for i, item in enumerate(items)]
 
 
 class Bars:
@@ -209,14 +217,15 @@ def predict(key, question, unit=""):
     return Html(figure("Predict", body, {"predict": key, "unit": unit}), f"Predict: {question} ({unit})")
 
 
-def reveal(key, answer, unit="", *, source):
-    """Lay the recorded `answer` (a number, or None where nothing was recorded) beside the reader's prediction.
+def reveal(key, answer, unit="", *, source, how="Recorded"):
+    """Lay the `answer` (a number, or None where nothing was recorded) beside the reader's prediction.
 
-    source: where the number comes from, in words (the record's own provenance line).
+    source: where the number comes from, in words (the record's own provenance line); `x` is shown as code.
+    how: what was done to get it, e.g. "Counted".
     """
-    found = f"Recorded: {answer:.4g} {unit}." if answer is not None else "Nothing has been recorded for this."
+    found = f"{how}: {answer:.4g} {unit}." if answer is not None else "Not known yet."
     body = (
-        f'<div class="lab-title">Your prediction</div><p><strong>{escape(found)}</strong> {escape(source)}</p>'
+        f'<div class="lab-title">Your prediction</div><p><strong>{escape(found)}</strong> {as_html(source)}</p>'
         '<p class="lab-yours" aria-live="polite"></p>'
     )
     data = {"reveal": key, "answer": answer, "unit": unit}
@@ -236,6 +245,11 @@ def live(callback, **controls):
         return ipywidgets.SelectionSlider(options=values, description=name, continuous_update=False)
 
     return ipywidgets.interact(callback, **{name: control(name, values) for name, values in controls.items()})
+
+
+def as_html(text):
+    """A line of text for HTML: what stands in backticks becomes code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 # ---- drawing

@@ -50,14 +50,15 @@ STYLE = {
 class Figure:
     """A drawn figure with its caption and alt text. The book numbers it and takes {numref}`name`."""
 
-    def __init__(self, png, name, caption, alt, width):
-        self.png, self.name, self.caption, self.alt, self.width = png, name, caption, alt, width
+    def __init__(self, png, name, caption, alt, width, keep=False):
+        self.png, self.name, self.caption, self.alt, self.width, self.keep = png, name, caption, alt, width, keep
 
     def __repr__(self):
         return f"Figure {self.name}: {self.alt}"
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        figure = {"figure": {"name": self.name, "caption": self.caption}, "image": {"alt": self.alt}}
+        image = {"alt": self.alt} | ({"classes": "lab-keep"} if self.keep else {})
+        figure = {"figure": {"name": self.name, "caption": self.caption}, "image": image}
         # needs_background: JupyterLab's dark theme. The width undoes the double resolution.
         meta = {"needs_background": "light", "lab_figure": figure, "image/png": {"width": self.width}}
         return {"image/png": self.png, "text/plain": repr(self)}, meta
@@ -69,11 +70,12 @@ def figure(rows=1, cols=1, *, width=7.0, height=3.2, **kwargs):
         return plt.subplots(rows, cols, figsize=(width, height), **kwargs)
 
 
-def show(fig, *, name, caption, alt):
+def show(fig, *, name, caption, alt, keep=False):
     """Close `fig` and return it as a `Figure`, the last expression of its cell.
 
     name: unique in the book, e.g. "fig-waves". caption: MyST Markdown, what to see in it. alt: for those who cannot
-    see it: the kind of plot, the axes, and what it shows; not a repetition of the caption.
+    see it: the kind of plot, the axes, and what it shows; not a repetition of the caption. keep: the dark theme leaves
+    the figure as it is, for a heat map, where bright means much.
     Raises ValueError when one is missing or the alt text is too short to say anything.
     """
     if not name.startswith("fig-"):
@@ -87,4 +89,4 @@ def show(fig, *, name, caption, alt):
         fig.savefig(buffer, format="png", dpi=2 * fig.dpi, metadata={"Software": None})
     width = round(fig.get_figwidth() * fig.dpi)
     plt.close(fig)
-    return Figure(buffer.getvalue(), name, " ".join(caption.split()), alt.strip(), width)
+    return Figure(buffer.getvalue(), name, " ".join(caption.split()), alt.strip(), width, keep)

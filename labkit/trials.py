@@ -229,21 +229,21 @@ class Log:
         gain = self.gain(name)
         if gain is None:
             row = self.measured.row(name, CHANGED)
-            return row.verdict if row else "not measured yet"
+            return row.verdict if row else "open"
         least, most = trial.gain
         foreseen = "as predicted" if least <= gain <= most else "not as predicted"
         tie = self.measured.is_tie(name, CHANGED)
         return f"{gain:.2f}, {foreseen}: {'a tie' if tie else 'faster' if gain > 1 else 'slower'}"
 
     def lines(self, topic):
-        """Header and a line a trial of the topic: change and reason, prediction, compiled, outcome."""
-        lines = [["change", "because", "predicted gain", f"compiled for {TARGET}", "outcome"]]
+        """Header and a line a trial of the topic: change and case, reason, prediction, compiled, outcome."""
+        lines = [["change, measured on", "because", "predicted gain", f"compiled for {TARGET}", "outcome"]]
         for name, trial in self.trials.items():
             if trial.topic == topic:
                 compiled = self.compiled["trials"][name]
                 predicted = f"{trial.gain[0]:.2f} to {trial.gain[1]:.2f}" if trial.gain else "ruled out"
-                change = f"{name.partition(': ')[2]} ({trial.case})"
                 facts = _difference(compiled["as_is"], compiled[CHANGED])
+                change = f"{name.partition(': ')[2]}\n{trial.case}"
                 lines.append([change, trial.because, predicted, facts, self.outcome(name)])
         return lines
 
@@ -258,29 +258,30 @@ class Log:
         return {"as predicted": right, "not as predicted": wrong, "open": len(words) - right - wrong}
 
     def __repr__(self):
-        return "\n".join(" | ".join(line) for topic in self.topics() for line in self.lines(topic))
+        lines = [line for topic in self.topics() for line in self.lines(topic)]
+        return "\n".join(" | ".join(cell.replace("\n", ", ") for cell in line) for line in lines)
 
     def _repr_html_(self):
+        columns = "".join(f'<col style="width: {width}%">' for width in (24, 32, 11, 20, 13))
         parts = []
         for topic in self.topics():
-            head, *body = ([html.escape(cell) for cell in line] for line in self.lines(topic))
+            head, *body = ([html.escape(cell).replace("\n", "<br>") for cell in line] for line in self.lines(topic))
             heads = "".join(f'<th scope="col">{cell}</th>' for cell in head)
             rows = "".join(
                 f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>"
                 for first, *rest in body
             )
-            parts.append(f"<p><strong>{topic}</strong></p><table style=\"white-space: normal\"><thead><tr>{heads}</tr>")
-            parts.append(f"</thead><tbody>{rows}</tbody></table>")
+            style = "white-space: normal; table-layout: fixed; width: 100%; min-width: 40rem"
+            parts.append(f'<p><strong>{topic}</strong></p><table style="{style}"><colgroup>{columns}</colgroup>')
+            parts.append(f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>")
         return "".join(parts)
 
 
 def _difference(as_is, changed):
-    """What the change did to the compiled kernel, e.g. "registers 128 -> 166, programs an SM 2 -> 1"."""
+    """What the change did to the compiled kernel, a line each: "registers 87 -> 128", "programs / SM 3 -> 1"."""
     if "error" in as_is or "error" in changed:
         return changed.get("error", "") or as_is["error"]
-    names = {"registers": "registers", "shared": "bytes of shared memory", "programs_per_sm": "programs an SM"}
-    parts = [
-        f"{words} {as_is[key]:,} \N{RIGHTWARDS ARROW} {changed[key]:,}" for key, words in names.items()
-        if as_is[key] != changed[key]
-    ]
-    return ", ".join(parts) or "the same resources"
+    arrow = "{} {:,} \N{RIGHTWARDS ARROW} {:,}"
+    names = {"registers": "registers", "shared": "shared, bytes:", "programs_per_sm": "programs / SM"}
+    lines = [arrow.format(words, as_is[k], changed[k]) for k, words in names.items() if as_is[k] != changed[k]]
+    return "\n".join(lines) or "the same resources"

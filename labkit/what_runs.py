@@ -77,8 +77,8 @@ def cell(result):
     """One target's result: (verdict, shared memory and matrix instruction)."""
     if not result["compiles"]:
         return "does not compile", ""
-    verdict = [f"{result['spills']} spilled"] if result["spills"] else []
-    verdict += ["no matrix unit"] if any("matrix instruction" in problem for problem in result["problems"]) else []
+    verdict = [f"{result['spills']} spills"] if result["spills"] else []
+    verdict += ["no MMA"] if any("matrix instruction" in problem for problem in result["problems"]) else []
     verdict = ", ".join(verdict) or ("see below" if result["problems"] else "ok")
     shared, unit = result["shared"], {name.split(".")[0].removeprefix("v_").split("_")[0] for name in result["matrix"]}
     size = f"{shared / 1024:.3g} KiB" if shared >= 1024 else f"{shared} B"

@@ -167,17 +167,31 @@ def test_shown(compiled_once, capsys):
     good, bad = planted_case("sound"), planted_case("launches_nothing")
     report = codegen.report([good, bad], ("sm_80",))
     text, page = repr(report), report._repr_html_()
-    for part in ("sound", "sm_80 (A100)", "HMMA.16816.F32.BF16", "passes", "launched no kernel"):
+    for part in ("sound", "sm_80 (A100)", "HMMA.16816", "passes", "launched no kernel"):
         assert part in text
         assert part in page
-    assert page.count("<tr>") == 3
+    assert "F32" not in text
+    assert page.count("<tr>") == 1 + 2 + 2, "the head, and for each case its name and a line"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("HMMA.16816.F32.BF16", "HMMA.16816"),
+        ("HGMMA.64x16x16.F32.BF16.gdesc0", "HGMMA.64x16x16"),
+        ("UTCHMMA.gdesc.128x64", "UTCHMMA.128x64"),
+        ("v_mfma_f32_16x16x16_bf16", "v_mfma_f32_16x16x16_bf16"),
+    ],
+)
+def test_unit(name, shown):
+    assert codegen._unit(name) == shown
 
 
 def test_verdicts(compiled_once, monkeypatch, capsys):
     monkeypatch.setattr(codegen, "cases", lambda topic: [planted_case("sound")])
     codegen.verdicts("sound", ("sm_80", "gfx942"))
     line = capsys.readouterr().out
-    assert line.startswith("sound: 1 cases x 2 targets: no spills")
+    assert line.startswith("sound: 1 cases x 2 targets pass: no spills")
     monkeypatch.setattr(codegen, "cases", lambda topic: [planted_case("sound"), planted_case("scalar_loads")])
     codegen.verdicts("mixed", ("sm_80",))
     line = capsys.readouterr().out

@@ -115,7 +115,7 @@ def test_text_of_the_caller_is_escaped():
 
 def test_plain_text_stands_for_it():
     assert repr(stepper()) == "Steps: 4 frames. Key 3 is read."
-    assert repr(ALL["nothing recorded"]()) == "Nothing has been recorded for this. No measurement yet."
+    assert repr(ALL["nothing recorded"]()) == "Not known yet. No measurement yet."
 
 
 def test_bad_input():
@@ -140,6 +140,21 @@ def test_bad_input():
         explorer(start=("GQA", 3))
     with pytest.raises(ValueError, match="controls"):
         player.Explorer("t", {"a": []}, {}, lambda a: {})
+
+
+def test_reveal_says_how_and_shows_code():
+    counted = player.reveal("launches", 12, "launches", source="the graph", how="Counted")
+    assert repr(counted) == "Counted: 12 launches. the graph"
+    unknown = player.reveal("launches", None, source="No <GPU>: `make record`.")
+    assert "<strong>Not known yet.</strong> No &lt;GPU&gt;: <code>make record</code>." in unknown._repr_html_()
+
+
+def test_prose_begins_at_the_left():
+    values = player.Values(["a", "b"], ["n", "text"], prose=["text"])
+    styles = [style for _, _, style in values.items({"a": [1, "x"], "b": [2, "y"]})]
+    assert styles == ["", "text-align:left"] * 2
+    with pytest.raises(ValueError, match=r"prose: got \['words'\]"):
+        player.Values(["a"], ["n"], prose=["words"])
 
 
 def test_live_calls_the_callback():
@@ -204,6 +219,30 @@ def test_in_a_browser(sample):
             tab.evaluate("window.dispatchEvent(new Event('beforeprint'))")
             assert first.locator("td").nth(3).get_attribute("class") == "x blue"
             assert not first.locator(".lab-controls").is_visible()
+
+
+@pytest.mark.parametrize(
+    ("yours", "answer", "verdict"),
+    [
+        ("12", "8.0", "That is 1.5 times too high."),
+        ("2", "8.0", "That is 4.0 times too low."),
+        ("8.1", "8.0", "Within 5 %."),
+        ("1600", "8.0", "That is 200 times too high."),
+        ("-0.5", "0.12", "That is 0.62 too low."),
+        ("0", "0.12", "That is 0.12 too low."),
+        ("3", "0", "That is 3 too high."),
+        ("3", "null", "Nothing to compare it with yet."),
+    ],
+)
+def test_verdict_on_a_prediction(yours, answer, verdict, tmp_path):
+    path = tmp_path / "index.html"
+    asked = player.predict("k", "How many?")._repr_html_()
+    told = player.reveal("k", json.loads(answer), source="s")._repr_html_()
+    path.write_text(f'<!doctype html><meta charset="utf-8"><body>{asked}{told}', encoding="utf-8")
+    with chromium() as browser, page(browser, path.as_uri()) as tab:
+        tab.locator("input").fill(yours)
+        tab.locator("button").click()
+        assert tab.locator(".lab-yours").text_content().strip().endswith(verdict)
 
 
 def test_without_javascript(sample):

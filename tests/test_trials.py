@@ -138,7 +138,7 @@ def log_of(trial, us=(), facts=FACTS):
         ((10.0, 10.05), "1.00, as predicted: a tie", (1, 0, 0)),
         ((10.0, 8.0), "1.25, not as predicted: faster", (0, 1, 0)),
         ((10.0, 12.5), "0.80, not as predicted: slower", (0, 1, 0)),
-        ((), "not measured yet", (0, 0, 1)),
+        ((), "open", (0, 0, 1)),
     ],
 )
 def test_outcomes(us, outcome, tally):

@@ -1,6 +1,15 @@
-// Wide code and outputs scroll sideways: let the keyboard reach them.
+// Wide code, outputs and pictures scroll sideways: let the keyboard reach them, and fade what is cut off.
 document.addEventListener("DOMContentLoaded", () => {
-  document.querySelectorAll(".bd-article pre, .bd-article .cell_output .text_html, .lab-panel").forEach((box) => {
-    if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+  const wide = ".bd-article pre, .cell_output, .cell_output .text_html, .bd-article div.math, .lab-panel, " +
+    ".pst-scrollable-table-container";
+  const look = (box) => {
+    const hidden = box.scrollWidth - box.clientWidth;
+    if (hidden > 1) box.tabIndex = 0;
+    box.classList.toggle("lab-more", hidden - box.scrollLeft > 4);
+  };
+  document.querySelectorAll(wide).forEach((box) => {
+    box.addEventListener("scroll", () => look(box), { passive: true });
+    new ResizeObserver(() => look(box)).observe(box);
+    look(box);
   });
 });
