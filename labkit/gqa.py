@@ -158,8 +158,9 @@ def reads_player(problem, walks):
                 now = head, first // size
                 counts[name][head][now[1]] += 1
                 program = walk[i].program[1]
-                queries = f"{program * heads[name]}-{(program + 1) * heads[name] - 1}" if heads[name] > 1 else program
-                text.append(f"{name}: program {program} (query heads {queries}) loads KV head {head}.")
+                first_query, last_query = program * heads[name], (program + 1) * heads[name] - 1
+                queries = f"heads {first_query}-{last_query}" if heads[name] > 1 else f"head {first_query}"
+                text.append(f"{name}: program {program} (query {queries}) loads KV head {head}.")
             elif i == len(walk):
                 text.append(f"{name}: done.")
             colors = ["muted", "blue", "purple"]
@@ -241,8 +242,9 @@ def try_sizes(model, group, kv_len, batch, gpu="H200"):
     most = largest_batch(m, kv_len, num_gpus * GPUS[kind].memory_gb * 1e9)
     floor = decode_floor(m, batch, kv_len, GPUS[kind], num_gpus)
     fits = f"a step takes at least {floor * 1e3:.2f} ms" if batch <= most else "that does not fit"
+    heads = f"{m.num_kv_heads} KV head{'s' * (m.num_kv_heads > 1)}"
     return (
-        f"{model} with {m.num_kv_heads} KV heads: {m.kv_bytes(1, 1) / 1e3:,.0f} kB a token, "
+        f"{model} with {heads}: {m.kv_bytes(1, 1) / 1e3:,.0f} kB a token, "
         f"{m.kv_bytes(batch, kv_len) / 1e9:,.1f} GB for {batch} x {kv_len:,}; up to {most:,} sequences on {gpu}; {fits}"
     )
 

@@ -122,8 +122,8 @@ def test_reads_player_shows_the_runs():
     assert (len(walks["A"]), len(walks["B"])) == (24, 6)
     html = ref.reads_player(problem, walks).html
     for text in (
-        "A: program 7 (query heads 7) loads KV head 1.", "B: program 1 (query heads 4-7) loads KV head 1.",
-        "A: program 3 (query heads 3) loads KV head 0.", "B: done.", "4x", "92,160", "23,040",
+        "A: program 7 (query head 7) loads KV head 1.", "B: program 1 (query heads 4-7) loads KV head 1.",
+        "A: program 3 (query head 3) loads KV head 0.", "B: done.", "4x", "92,160", "23,040",
     ):  # fmt: skip
         assert text in html, text
     assert "5x" not in html
@@ -233,7 +233,7 @@ def test_sizes_players():
     assert said.startswith("Llama-3-8B with 8 KV heads: 131 kB a token, 17.2 GB for 16 x 8,192; up to 103 sequences")
     assert said.endswith("a step takes at least 6.71 ms")
     assert "that does not fit" in ref.try_sizes("Llama-2-70B", 1, 8192, 16)
-    assert "with 1 KV heads" in ref.try_sizes("Falcon-7B", 71, 2048, 1)
+    assert "with 1 KV head:" in ref.try_sizes("Falcon-7B", 71, 2048, 1)
 
 
 def test_benchmark_cases():
