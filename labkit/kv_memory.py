@@ -290,7 +290,7 @@ def sharing(kind, workload, width, *, count=20, seed=0, page_size=16) -> float:
 COLORS = {"token state": "blue", "reservation": "sky", "internal": "orange", "external": "muted"}
 
 
-def memory_player(num_slots=256, cols=32, steps=12, max_len=64, page_size=4, seed=2):
+def memory_player(num_slots=256, cols=16, steps=12, max_len=64, page_size=4, seed=2):
     """A small memory under each policy, the same queue of requests, slot by slot."""
     traces = {}
     for policy in POLICIES:
