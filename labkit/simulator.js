@@ -46,7 +46,10 @@
           slowest ??= 1 / s.tokens;
           bar(items[times++], lane, "green", 0, Math.min(120, 100 / s.tokens / slowest));
         }
-        data.rows.forEach(([, name, ...form], i) => { items[8 + 2 * i + lane].textContent = shown(s[name], ...form); });
+        data.rows.forEach(([, name, ...form], i) => {
+          const none = data.ofAStep.includes(name) && !s.running;
+          items[8 + 2 * i + lane].textContent = none ? "-" : shown(s[name], ...form);
+        });
       });
       for (; times < 8; times++) items[times].style.cssText = "display:none";
       const words = { batch: thousands(String(choice[3])) };

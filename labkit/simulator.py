@@ -24,6 +24,7 @@ ROWS = [  # label, name of a formula, times, decimals, unit
     ("a step takes at least", "seconds", 1e3, 2, "ms"), ("rows that are useful", "useful", 100, 0, "%"),
     ("tokens/s at most", "tokens", 1, 0, ""),
 ]  # fmt: skip
+OF_A_STEP = ("read", "seconds", "useful")  # not there where no sequence runs
 TEXT = {
     "runs": "{choice}: {running} of {batch} sequences run, "
     "a step takes at least {seconds} ms, at most {tokens} tokens/s.",
@@ -58,7 +59,10 @@ def frame(model, device, context, batch, *labels):
     words = {name: shown(steps[1][name], times_, decimals) for _, name, times_, decimals, _ in ROWS}
     words["choice"] = f"{model} on {device}, {context:,} tokens each, {', '.join(labels)}"
     text = TEXT["runs" if steps[1]["running"] else "full"].format(batch=f"{batch:,}", **words)
-    values = {label: [shown(s[name], *form) for s in steps] for label, name, *form in ROWS}
+    values = {
+        label: ["-" if name in OF_A_STEP and not s["running"] else shown(s[name], *form) for s in steps]
+        for label, name, *form in ROWS
+    }
     return {"text": text, "memory": bars, "time": times, "values": values}
 
 
@@ -95,7 +99,7 @@ def simulator():
         f"<figcaption>{escape(CAPTION)}</figcaption>"
     )
     data = {
-        "controls": CONTROLS, "switches": list(SWITCHES), "rows": ROWS, "text": TEXT,
+        "controls": CONTROLS, "switches": list(SWITCHES), "rows": ROWS, "ofAStep": OF_A_STEP, "text": TEXT,
         "formulas": {name: expression for name, (expression, *_) in FORMULAS.items()},
         "models": {name: step_model.inputs(name, "H200") for name in CHOICES},
         "devices": {

@@ -88,7 +88,24 @@ def test_no_switch_makes_it_slower(name):
 def test_what_does_not_fit_does_not_run():
     got = step("Llama-3-70B", "L4", 1024, 4)
     assert (got["largest"], got["running"], got["used"], got["tokens"]) == (0, 0, 0, 0)
-    assert simulator.frame("Llama-3-70B", "L4", 1024, 4, *[off for _, off, _ in SWITCHES.values()])["text"].endswith("fits beside the weights.")
+    now = simulator.frame("Llama-3-70B", "L4", 1024, 4, *[off for _, off, _ in SWITCHES.values()])
+    assert now["text"].endswith("fits beside the weights.")
+    steps = ("a step reads", "a step takes at least", "rows that are useful")
+    assert all(now["values"][row] == ["-", "-"] for row in steps)
+    assert now["values"]["tokens/s at most"] == ["0", "0"]
+
+
+def test_what_moves_the_time_of_one_short_sequence():
+    """As the simulator's page says: 2:4 weights most, fewer KV heads a little (k_proj and v_proj shrink), else nothing."""
+    off = dict.fromkeys(SWITCHES, False)
+    for start in (off, {name: name in ("gqa", "paged", "continuous") for name in SWITCHES}):
+        saved = {
+            name: step("Llama-3-8B", "H200", 1024, 1, **start | {name: False})["seconds"]
+            - step("Llama-3-8B", "H200", 1024, 1, **start | {name: True})["seconds"]
+            for name in SWITCHES
+        }
+        assert saved["pruned"] > 2 * saved["gqa"] > 0
+        assert saved["paged"] == saved["streaming"] == saved["continuous"] == 0
 
 
 def test_memory_never_overflows():
@@ -170,5 +187,6 @@ PLANTED_BUGS = [
     ("labkit/step_model.py", "0.9 * memory", "memory"),
     ("labkit/simulator.js", "s.weights + s.used, s.weights + s.used + s.empty", "s.weights + s.used, s.weights + s.empty"),
     ("labkit/simulator.js", "switches.map(() => 0)", "switches.map(() => 1)"),
+    ("labkit/simulator.js", 'none ? "-" :', 'false ? "-" :'),
     ("labkit/step_map.py", 'aria-label="{what}"><title>{what}', 'aria-label="{words}"><title>{what}'),
 ]
