@@ -1,6 +1,5 @@
 """Static, dynamic and continuous batching: the topic's names in one place, and attention over a ragged batch."""
 
-import functools
 import itertools
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from labkit import args, bench, codegen
+from labkit import args, bench, codegen, peers
 from labkit.attention import attention
 from labkit.check import randn
 from labkit.paged_attention import pad_tables, sequence_slots, to_pages
@@ -174,36 +173,6 @@ def one_by_one(q, k_pages, v_pages, block_table, q_starts, kv_lens):
     return call
 
 
-@functools.lru_cache(maxsize=1)
-def _flashinfer_wrapper(starts, lens, table, page_size, num_q_heads, num_kv_heads, head_dim, dtype, device):
-    """A planned wrapper; table: the block table's bytes, so that all copies of the inputs share one plan."""
-    import flashinfer
-
-    workspace = torch.zeros(256 * 2**20, dtype=torch.uint8, device=device)
-    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="fa2")
-    rows = torch.frombuffer(bytearray(table), dtype=torch.int32).view(len(lens), -1)
-    counts = [-(-n // page_size) for n in lens]
-    first = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    ids = torch.cat([row[:count] for row, count in zip(rows, counts)])
-    last = torch.tensor([n - (count - 1) * page_size for n, count in zip(lens, counts)], dtype=torch.int32)
-    wrapper.plan(
-        torch.tensor(starts, dtype=torch.int32), first, ids.to(device), last, num_q_heads, num_kv_heads, head_dim,
-        page_size, causal=True, q_data_type=dtype, kv_data_type=dtype,
-    )  # fmt: skip
-    return wrapper
-
-
-def flashinfer(q, k_pages, v_pages, block_table, q_starts, kv_lens):
-    """FlashInfer's batch prefill over the same pages, planned once; a decode is a chunk of one."""
-    _, page_size, num_kv_heads, head_dim = k_pages.shape
-    table = block_table.cpu().contiguous().numpy().tobytes()
-    wrapper = _flashinfer_wrapper(
-        tuple(q_starts.tolist()), tuple(kv_lens.tolist()), table, page_size, q.shape[1], num_kv_heads, head_dim,
-        q.dtype, str(q.device),
-    )  # fmt: skip
-    return lambda: wrapper.run(q, (k_pages, v_pages))
-
-
 def varlen(q, k_pages, v_pages, block_table, q_starts, kv_lens):
     """torch's own variable-length FlashAttention with a block table."""
     from torch.nn.attention.varlen import varlen_attn
@@ -215,7 +184,10 @@ def varlen(q, k_pages, v_pages, block_table, q_starts, kv_lens):
     )
 
 
-PEERS = {"padded SDPA": padded_sdpa, "SDPA one by one": one_by_one, "FlashInfer": flashinfer, "torch varlen": varlen}
+PEERS = {
+    "padded SDPA": padded_sdpa, "SDPA one by one": one_by_one, "FlashInfer": peers.flashinfer_paged,
+    "torch varlen": varlen,
+}  # fmt: skip
 
 
 def step_case(name, chunks, *, section, tiny=False, num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16):

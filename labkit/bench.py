@@ -11,7 +11,6 @@ import functools
 import importlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from labkit.comparison import Comparison
 from labkit.provenance import source_hash
 from labkit.record import CEILING, Row, find, stamp
 from labkit.rules import changed
+from labkit.trace import interpreted
 
 ROUNDS = 3
 SEED = 0
@@ -43,6 +43,7 @@ class Case:
         raises is the reason why the peer did not run.
     variants: {name: keyword arguments} of the kernel, timed beside its default. The keyword "rules" is not the
         kernel's: it changes block rules, as `labkit.rules.changed` takes them.
+    meaning: keywords of variants that change the result and not only the way to it: the reference takes them too.
     without: {peer: reason} for peers left out of this case.
     graph: False times single launches from Python, as a notebook user meets them.
     """
@@ -55,6 +56,7 @@ class Case:
     section: str = ""
     peers: Mapping[str, Callable] = field(default_factory=dict)
     variants: Mapping[str, dict] = field(default_factory=dict)
+    meaning: tuple[str, ...] = ()
     without: Mapping[str, str] = field(default_factory=dict)
     graph: bool = True
     reference: str = ""
@@ -86,8 +88,7 @@ class Machine:
 
 def this_gpu() -> Machine | None:
     """The GPU of this process; None where kernels do not run compiled. The interpreter is never timed."""
-    interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-    if interpreted or not torch.cuda.is_available():
+    if interpreted() or not torch.cuda.is_available():
         return None
     driver = timing.nvidia_smi("driver_version")
     return Machine("cuda", stamp(torch.cuda.get_device_name(), driver), timing.gpu_timer)
@@ -153,16 +154,19 @@ def judge(got, reference, inputs, partial=False) -> tuple[float | None, str]:
 
 
 def once(reference):
-    """The reference, computed once a dtype: all providers of a case are judged on the same inputs."""
+    """The reference under options, computed once a dtype: all providers of a case are judged on the same inputs."""
     known = {}
 
-    def call(**inputs):
-        dtypes = tuple(getattr(x, "dtype", None) for x in inputs.values())
-        if dtypes not in known:
-            known[dtypes] = reference(**inputs)
-        return known[dtypes]
+    def under(**options):
+        def call(**inputs):
+            key = (*(getattr(x, "dtype", None) for x in inputs.values()), *sorted(options.items()))
+            if key not in known:
+                known[key] = reference(**inputs, **options)
+            return known[key]
 
-    return call
+        return call
+
+    return under
 
 
 def measure(topic, case, ops, machine: Machine) -> list[Row]:
@@ -181,7 +185,8 @@ def measure(topic, case, ops, machine: Machine) -> list[Row]:
             # a library is trusted to write its outputs, and poison would make a compiled one compile again
             with poisoned() if digest else contextlib.nullcontext():
                 got = calls[0]()
-            error, verdict = judge(got, reference, copies[0], partial=not digest)
+            meant = {key: value for key, value in case.variants.get(name, {}).items() if key in case.meaning}
+            error, verdict = judge(got, reference(**meant), copies[0], partial=not digest)
             row = replace(row, error=error, verdict=verdict)
             if machine.timer and verdict.startswith("ok"):
                 samplers[name], mode = machine.timer(calls, graph=case.graph)

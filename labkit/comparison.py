@@ -47,10 +47,6 @@ class Comparison:
         us = self.us(case, provider)
         return us and self.cases[case].bytes / us / 1e3
 
-    def tflops(self, case, provider=None) -> float | None:
-        us = self.us(case, provider)
-        return us and self.cases[case].flops / us / 1e6
-
     def floor(self, case) -> float | None:
         """Microseconds that the bytes need at the copy's bandwidth, or the flops at the matmul's rate if longer.
 

@@ -6,13 +6,12 @@ where softmax(z / T) is taken of both at the temperature T, and D is a divergenc
 (section 2) for the loss and T^2; Agarwal et al. 2024 (GKD, section 3) for the generalised Jensen-Shannon divergence.
 """
 
-import functools
 import math
 
 import torch
 import torch.nn.functional as F
 
-from labkit import args, bench, codegen
+from labkit import args, bench, codegen, peers
 
 IGNORED = -100  # the label of a row that takes no part, as in torch's cross_entropy
 
@@ -122,14 +121,6 @@ VOCABULARIES, TOKENS = (4096, 32_000, 128_256, 262_144), 2048
 OPTIONS = {"forward KL": dict(kind="forward_kl", temperature=2.0), "JSD": dict(kind="jsd", beta=0.5)}
 
 
-@functools.lru_cache(maxsize=1)
-def _compiled(device, *shape):
-    if device == "cpu":  # the same call, but no compiler is needed to check it
-        return kd_loss
-    torch._dynamo.reset()
-    return torch.compile(kd_loss, dynamic=False)
-
-
 def _with_gradient(loss_of, student_logits):
     """A call that returns (loss, gradient), as `kd_loss_and_grad` does."""
     z = student_logits.detach().requires_grad_()
@@ -148,7 +139,7 @@ def eager(student_logits, teacher_logits, **options):
 
 def compiled(student_logits, teacher_logits, **options):
     """The same through torch.compile, compiled once per shape."""
-    loss = _compiled(student_logits.device.type, *student_logits.shape, *options.values())
+    loss = peers.compiled(kd_loss, student_logits.device.type, *student_logits.shape, *options.values())
     return _with_gradient(lambda z: loss(z, teacher_logits, **options), student_logits)
 
 

@@ -8,7 +8,6 @@
 
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import math
 import os
@@ -20,10 +19,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from labkit import args, bench, check, codegen, corpus, player, splits, timing
+from labkit import args, bench, check, codegen, corpus, peers, player, splits, timing
 from labkit.attention import attention, decode_attention, softmax_dtype
 from labkit.flash_decoding import BLOCK_KEYS, decode_case
 from labkit.model import load
+from labkit.record import version
 
 # ---- 1. unified max
 
@@ -61,13 +61,14 @@ def out_of_bounds(q, k, kv_lens, *, phi, bounds, sm_scale=None):
     return (((e <= a) | (e >= b)) & valid[:, None]).any(-1)
 
 
-def unified_decoding(q, k, v, kv_lens, *, phi, bounds, num_splits=None, sm_scale=None):
+def unified_decoding(q, k, v, kv_lens, *, phi, bounds, num_splits=None, sm_scale=None, synchronised=False):
     """Decode attention with one maximum for all (paper: section 3, Eq. 4, Figure 6). Exact for every input.
 
     q [B, Hq, D]; k, v [B, L, Hkv, D]; kv_lens [B] int32, as in `decode_attention`. phi: the constant that replaces the
     maximum. bounds = (a, b): a row that has a valid key with x - phi <= a or >= b, x = sm_scale * q.k in natural-log
     units, is computed again with the synchronised softmax; keys beyond kv_len never count. Bounds wider than
-    (-80, 60) are narrowed to that, the exponents that fp32 can hold.
+    (-80, 60) are narrowed to that, the exponents that fp32 can hold. synchronised: the usual softmax for all rows, and
+    nothing is recomputed.
 
     Returns o [B, Hq, D] in q.dtype and recomputed [B, Hq] bool. A sequence without keys gives 0 and False.
     Raises ValueError naming the argument.
@@ -75,8 +76,11 @@ def unified_decoding(q, k, v, kv_lens, *, phi, bounds, num_splits=None, sm_scale
     batch, _, num_kv_heads, max_kv_len, dim = args.decode(q, k, v, kv_lens, dtypes=args.REFERENCE_FLOATS)
     args.num_splits(num_splits)
     args.unified(phi, bounds)
+    nothing = torch.zeros(q.shape[:2], dtype=torch.bool, device=q.device)
     if batch == 0:
-        return torch.empty_like(q), torch.zeros(q.shape[:2], dtype=torch.bool, device=q.device)
+        return torch.empty_like(q), nothing
+    if synchronised:
+        return decode_attention(q, k, v, kv_lens, sm_scale=sm_scale)[0], nothing
     num_splits = num_splits or splits.choose(batch * num_kv_heads, 132, max_kv_len, dim)
     valid = torch.arange(max_kv_len, device=q.device) < kv_lens[:, None]
     k, v = (x.masked_fill(~valid[:, :, None, None], 0.0) for x in (k, v))  # what lies beyond kv_len may be NaN
@@ -157,7 +161,7 @@ class Dataflow:
             bad = [(name, m) for name in names for m in ms if not us[name][m] > 0]
             args.expect(not bad, "timer", f"a time that is not positive at {bad[:3]}", "microseconds > 0")
             table[n, k] = {"switch": _switches(names, ms, us), "us": us}
-        return cls(names, table, device or device_name(), versions())
+        return cls(names, table, device or device_name(), {p: version(p) for p in ("torch", "triton")})
 
     def pick(self, m, n, k):
         """The name of the implementation for x [m, k] and w [n, k]. ValueError for a shape that was not profiled."""
@@ -233,16 +237,6 @@ def device_name():
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"CPU {platform.machine()}"
-
-
-def versions():
-    """{"torch": ..., "triton": ...}: what the timed code was built with."""
-    found = {"torch": torch.__version__}
-    try:
-        found["triton"] = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        found["triton"] = "none"
-    return found
 
 
 # ---- reading phi from a model
@@ -422,17 +416,10 @@ def library(x, w):
     return lambda: F.linear(x, w)
 
 
-@functools.lru_cache(maxsize=1)
-def _compiled_linear(*shapes):
-    if shapes[0] == "cpu":  # the same call, but no compiler is needed to check it
-        return F.linear
-    torch._dynamo.reset()
-    return torch.compile(F.linear, dynamic=False, mode="max-autotune-no-cudagraphs")
-
-
 def compiled(x, w):
     """torch.compile with max-autotune: it may choose a Triton kernel of its own, split-K included, or cuBLAS."""
-    linear = _compiled_linear(x.device.type, x.dtype, x.shape, w.shape)
+    key = (x.dtype, x.shape, w.shape)
+    linear = peers.compiled(F.linear, x.device.type, *key, mode="max-autotune-no-cudagraphs")
     return lambda: linear(x, w)
 
 
@@ -461,7 +448,7 @@ def unified_case(name, batch, kv_len, share=0.0, *, tiny=False, **options):
         inputs["k"][:rows, 0] = inputs["q"][:rows, : inputs["k"].shape[2]] * 4  # x = 4 |q|^2 / sqrt(D), about 45
         return inputs | {"phi": 0.0, "bounds": (-20.0, 20.0)}
 
-    return dataclasses.replace(base, make=make, peers={}, reference="unified_decoding")
+    return dataclasses.replace(base, make=make, peers={}, reference="unified_decoding", meaning=("synchronised",))
 
 
 def cases(tiny=False) -> list[bench.Case]:

@@ -5,7 +5,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from labkit import bench, fusion
+from labkit import bench, fusion, peers
 
 HIDDEN, FFN, HEADS, KV_HEADS, DIM = 4096, 14336, 32, 8, 128  # Llama-3-8B
 KEYS = 256  # of every sequence, in the block
@@ -15,14 +15,6 @@ PYTHON, GRAPH = "A decode step of a block, launched from Python", "A decode step
 
 
 # ---- peers
-
-
-@functools.lru_cache(maxsize=2)
-def _compiled(function, mode, device, *shapes):
-    if device == "cpu":  # the same call, but no compiler is needed to check it
-        return function
-    torch._dynamo.reset()
-    return torch.compile(function, dynamic=False, mode=mode)
 
 
 def eager(name):
@@ -35,7 +27,8 @@ def compiled(name, mode=None):
 
     def prepare(**inputs):
         tensors = [x for x in inputs.values() if isinstance(x, torch.Tensor)]
-        function = _compiled(getattr(fusion, name), mode, tensors[0].device.type, *(tuple(x.shape) for x in tensors))
+        shapes = (tuple(x.shape) for x in tensors)
+        function = peers.compiled(getattr(fusion, name), tensors[0].device.type, *shapes, mode=mode)
         return functools.partial(function, **inputs)
 
     return prepare

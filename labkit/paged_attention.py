@@ -5,14 +5,13 @@ not matter to attention: gathered in the table's order, the pages are the contig
 """
 
 import dataclasses
-import functools
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from labkit import args, bench, codegen, player
+from labkit import args, bench, codegen, peers, player
 from labkit.attention import decode_attention
 from labkit.block_pool import BlockPool, OutOfPages  # noqa: F401  (part of this topic's public names)
 from labkit.flash_decoding import decode_case, flash_decoding  # noqa: F401  (timed beside paged_decoding)
@@ -290,35 +289,6 @@ def gathered_sdpa(q, k_pages, v_pages, block_table, kv_lens):
     return call
 
 
-@functools.lru_cache(maxsize=1)
-def _flashinfer_wrapper(lengths, table, page_size, num_q_heads, num_kv_heads, head_dim, dtype, device):
-    """A planned wrapper; table: the block table's bytes, so that all copies of the inputs share one plan."""
-    import flashinfer
-
-    workspace = torch.zeros(256 * 2**20, dtype=torch.uint8, device=device)
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True, backend="fa2")
-    rows = torch.frombuffer(bytearray(table), dtype=torch.int32).view(len(lengths), -1)
-    counts = [-(-n // page_size) for n in lengths]
-    first = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    ids = torch.cat([row[:count] for row, count in zip(rows, counts)])
-    last = torch.tensor([n - (count - 1) * page_size for n, count in zip(lengths, counts)], dtype=torch.int32)
-    wrapper.plan(
-        first, ids.to(device), last, num_q_heads, num_kv_heads, head_dim, page_size,
-        q_data_type=dtype, kv_data_type=dtype,
-    )  # fmt: skip
-    return wrapper
-
-
-def flashinfer(q, k_pages, v_pages, block_table, kv_lens):
-    """FlashInfer's batch decode on tensor cores, planned once, over the same pages."""
-    _, page_size, num_kv_heads, head_dim = k_pages.shape
-    table = block_table.cpu().contiguous().numpy().tobytes()
-    wrapper = _flashinfer_wrapper(
-        tuple(kv_lens.tolist()), table, page_size, q.shape[1], num_kv_heads, head_dim, q.dtype, str(q.device)
-    )
-    return lambda: wrapper.run(q, (k_pages, v_pages))
-
-
 def varlen(q, k_pages, v_pages, block_table, kv_lens):
     """torch's own variable-length FlashAttention with a block table."""
     from torch.nn.attention.varlen import varlen_attn
@@ -329,7 +299,7 @@ def varlen(q, k_pages, v_pages, block_table, kv_lens):
     return lambda: varlen_attn(q, k_pages, v_pages, first, None, 1, longest, **options)
 
 
-PEERS = {"gathered SDPA": gathered_sdpa, "FlashInfer": flashinfer, "torch varlen": varlen}
+PEERS = {"gathered SDPA": gathered_sdpa, "FlashInfer": peers.flashinfer_paged, "torch varlen": varlen}
 
 
 def paged_case(name, kv_lens, page_size, *, section, tiny=False, num_q_heads=32, num_kv_heads=8, head_dim=128):

@@ -58,55 +58,75 @@ def sdpa(backend: SDPBackend, contiguous: bool = False):
     return prepare
 
 
-@functools.lru_cache(maxsize=1)
-def _compiled_flex_attention(*shapes):
-    """flex_attention compiled for one set of shapes; without the reset the ninth would silently run uncompiled."""
+@functools.lru_cache(maxsize=2)
+def compiled(function, device, *key, mode=None):
+    """torch.compile of a function for one set of shapes, the key; without the reset the ninth would run uncompiled."""
+    if device == "cpu":  # the same call, but no compiler is needed to check it
+        return function
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False, mode=mode)
+
+
+def flex_attention(q, k, v, **options):
+    """FlexAttention compiled for q [B, Hq, 1, D] and k, v [B, Hkv, L, D]: its split-KV kernel for one query."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    if shapes[0] == "cpu":  # the same call, but no compiler is needed to check it
-        return flex_attention
-    torch._dynamo.reset()
-    return torch.compile(flex_attention, dynamic=False, mode="max-autotune-no-cudagraphs")
+    key = (q.dtype, q.shape, k.shape, k.stride())
+    function = compiled(flex_attention, q.device.type, *key, mode="max-autotune-no-cudagraphs")
+    return lambda: function(q, k, v, enable_gqa=True, **options).squeeze(2)
 
 
 def flex_decoding(q, k, v, kv_lens):
-    """Compiled FlexAttention, which takes its split-KV kernel for one query a sequence."""
-    k, v = _heads_first(k, v, kv_lens)
-    q = q.unsqueeze(2)
-    flex_attention = _compiled_flex_attention(q.device.type, q.dtype, q.shape, k.shape, k.stride())
-    return lambda: flex_attention(q, k, v, enable_gqa=True).squeeze(2)
+    """FlexDecoding: compiled FlexAttention."""
+    return flex_attention(q.unsqueeze(2), *_heads_first(k, v, kv_lens))
 
 
 @functools.lru_cache(maxsize=1)
-def _flashinfer_wrapper(lengths, page_size, max_pages, num_q_heads, num_kv_heads, head_dim, dtype, device):
-    """A planned wrapper over caches [B, L, Hkv, D] seen as pages: sequence b has max_pages of them, in order."""
+def _flashinfer_plan(q_starts, kv_lens, table, page_size, num_q_heads, num_kv_heads, head_dim, dtype, device):
+    """A planned wrapper; tuples and the block table's bytes, so that all copies of the inputs share one plan."""
     import flashinfer
 
     workspace = torch.zeros(256 * 2**20, dtype=torch.uint8, device=device)
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True, backend="fa2")
-    pages = [-(-n // page_size) for n in lengths]
-    first = torch.tensor([0, *pages], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    ids = [b * max_pages + i for b, count in enumerate(pages) for i in range(count)]
-    last = [n - (count - 1) * page_size for n, count in zip(lengths, pages)]
-    wrapper.plan(
-        first, torch.tensor(ids, dtype=torch.int32, device=device), torch.tensor(last, dtype=torch.int32),
-        num_q_heads, num_kv_heads, head_dim, page_size, q_data_type=dtype, kv_data_type=dtype,
-    )  # fmt: skip
+    rows = torch.frombuffer(bytearray(table), dtype=torch.int32).view(len(kv_lens), -1)
+    counts = [-(-n // page_size) for n in kv_lens]
+    first = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    ids = torch.cat([row[:count] for row, count in zip(rows, counts)])
+    last = torch.tensor([n - (count - 1) * page_size for n, count in zip(kv_lens, counts)], dtype=torch.int32)
+    sizes = (first, ids.to(device), last, num_q_heads, num_kv_heads, head_dim, page_size)
+    dtypes = dict(q_data_type=dtype, kv_data_type=dtype)
+    if q_starts is None:
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True, backend="fa2")
+        wrapper.plan(*sizes, **dtypes)
+    else:
+        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="fa2")
+        wrapper.plan(torch.tensor(q_starts, dtype=torch.int32), *sizes, causal=True, **dtypes)
     return wrapper
 
 
+def flashinfer_paged(q, k_pages, v_pages, block_table, kv_lens, q_starts=None):
+    """FlashInfer's FlashAttention-2 kernels over the same pages [P, page_size, Hkv, D], planned once.
+
+    Its batch decode, on tensor cores, for one query a sequence; with q_starts [B + 1] its batch prefill, in which a
+    decode is a chunk of one.
+    """
+    _, page_size, num_kv_heads, head_dim = k_pages.shape
+    wrapper = _flashinfer_plan(
+        None if q_starts is None else tuple(q_starts.tolist()), tuple(kv_lens.tolist()),
+        block_table.cpu().contiguous().numpy().tobytes(), page_size, q.shape[1], num_kv_heads, head_dim, q.dtype,
+        str(q.device),
+    )  # fmt: skip
+    return lambda: wrapper.run(q, (k_pages, v_pages))
+
+
 def flashinfer(q, k, v, kv_lens):
-    """FlashInfer's batch decode on tensor cores (its FlashAttention-2 kernels), planned once, over large pages."""
-    _, max_kv_len, num_kv_heads, head_dim = k.shape
+    """FlashInfer's batch decode over a contiguous cache, seen as large pages."""
+    batch, max_kv_len, num_kv_heads, head_dim = k.shape
     page_size = math.gcd(max_kv_len, 256)
     if page_size < 16:
         raise ValueError(f"k: got {max_kv_len} keys, expected a multiple of 16 to see them as pages")
-    wrapper = _flashinfer_wrapper(
-        tuple(kv_lens.tolist()), page_size, max_kv_len // page_size, q.shape[1], num_kv_heads, head_dim, q.dtype,
-        str(q.device),
-    )  # fmt: skip
-    pages = tuple(x.view(-1, page_size, num_kv_heads, head_dim) for x in (k, v))
-    return lambda: wrapper.run(q, pages)
+    table = torch.arange(batch * max_kv_len // page_size, dtype=torch.int32).view(batch, -1)
+    pages = (x.view(-1, page_size, num_kv_heads, head_dim) for x in (k, v))
+    return flashinfer_paged(q, *pages, table, kv_lens)
 
 
 DECODE = {

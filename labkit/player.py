@@ -6,7 +6,6 @@ as a small table of states, and player.js only swaps them. The data come from th
 run.
 
     Stepper   one frame a step, with buttons, a slider and the arrow keys
-    Timeline  a Stepper over bars in time
     Explorer  one frame for each choice of the controls, all computed beforehand by the caller's function
     predict, reveal   the reader commits to a number; later it is laid beside the recorded one
     live      ipywidgets controls for one cell a chapter
@@ -186,24 +185,6 @@ class Stepper(Html):
         slider = f"<label>Step <input type=range min=0 max={last} value=0><output>{options[0]}</output></label>"
         key = range(last + 1)[key]
         super().__init__(*_player(title, panels, steps, buttons + slider, [options], key, legend, caption))
-
-
-class Timeline(Stepper):
-    """Bars that grow as time passes.
-
-    lanes: labels. bars: (lane, start, end, colour, label), times in `unit`. times: where the steps stop (default: each
-    start and end). describe(t, running) -> text, running being the bars under way at t.
-    """
-
-    def __init__(self, title, lanes, bars, *, describe, unit="", times=None, legend=None, caption="", lane_height=1.6):
-        times = sorted({0, *(t for bar in bars for t in bar[1:3])}) if times is None else list(times)
-        steps = []
-        for t in times:
-            seen = [(lane, start, min(end, t), color, label) for lane, start, end, color, label in bars if start < t]
-            running = [bar for bar in bars if bar[1] <= t < bar[2]]
-            steps.append({"text": describe(t, running), "time": {"bars": seen, "cursor": t}})
-        panel = Bars(lanes, unit=unit, span=max(bar[2] for bar in bars), lane_height=lane_height)
-        super().__init__(title, {"time": panel}, steps, legend=legend, caption=caption)
 
 
 def predict(key, question, unit=""):

@@ -35,17 +35,6 @@ def source_hash(*roots, extra=None):
     return hashlib.sha256(payload.encode()).hexdigest()[:16]
 
 
-def jit_functions(*roots):
-    """Return the sorted names ("module:name") of the jit functions that the roots reach: what a GPU would run."""
-    return sorted(name for name, (_, node) in _reach(roots).items() if _is_jit(node))
-
-
-def _is_jit(node):
-    return any(
-        "jit" in ast.unparse(decorator).split("(")[0] for decorator in getattr(node, "decorator_list", [])
-    )
-
-
 class _Module:
     """The top-level definitions and imports of one source file, read without importing it."""
 

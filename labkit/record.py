@@ -49,14 +49,15 @@ def stamp(device: str, driver: str = "") -> dict[str, str]:
     return {
         "device": device,
         "driver": driver,
-        "torch": _version("torch"),
-        "triton": _version("triton"),
+        "torch": version("torch"),
+        "triton": version("triton"),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S"),
         "commit": _commit(),
     }
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """The installed version of a package, "none" if it is missing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -378,8 +378,7 @@ def flex_mask(q, k_ring, v_ring, seen, num_sinks, window, cos, sin):
         return everything
 
     k, v, mask = whole(k), whole(v), _block_mask(length, num_sinks, window, q.device.type)
-    flex_attention = peers._compiled_flex_attention(q.device.type, q.dtype, q.shape, k.shape, k.stride())
-    return lambda: flex_attention(q, k, v, block_mask=mask, enable_gqa=True).squeeze(2)
+    return peers.flex_attention(q, k, v, block_mask=mask)
 
 
 PEERS = {"SDPA, window": window_sdpa, "gather, rotate, SDPA": gathered_sdpa, "FlexAttention, mask": flex_mask}

@@ -52,6 +52,11 @@ def _child(queue, *job) -> None:
     queue.put(_watch(*job))
 
 
+def interpreted() -> bool:
+    """Whether Triton interprets here: TRITON_INTERPRET as Triton reads it."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
 def watch(module: str, helper: str, function: str, arguments: dict):
     """Call module.function(**arguments) (CPU tensors) and record every call of the jit function `module`.helper.
 
@@ -61,7 +66,7 @@ def watch(module: str, helper: str, function: str, arguments: dict):
     after the other). Where kernels are compiled, this runs in a process of its own in which they are interpreted.
     Example: watch("kernels.flash_decoding", "attend_tile", "flash_decoding", dict(q=q, k=k, v=v, kv_lens=kv_lens)).
     """
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if interpreted():
         return _watch(module, helper, function, arguments)
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"  # inherited by the new process

@@ -241,7 +241,7 @@ class Log:
         for name, trial in self.trials.items():
             if trial.topic == topic:
                 compiled = self.compiled["trials"][name]
-                predicted = f"{trial.gain[0]:.2f} to {trial.gain[1]:.2f}" if trial.gain else "ruled out"
+                predicted = f"{trial.gain[0]:.2f}\N{EN DASH}{trial.gain[1]:.2f}" if trial.gain else "ruled out"
                 facts = _difference(compiled["as_is"], compiled[CHANGED])
                 change = f"{name.partition(': ')[2]}\n{trial.case}"
                 lines.append([change, trial.because, predicted, facts, self.outcome(name)])
@@ -262,7 +262,7 @@ class Log:
         return "\n".join(" | ".join(cell.replace("\n", ", ") for cell in line) for line in lines)
 
     def _repr_html_(self):
-        columns = "".join(f'<col style="width: {width}%">' for width in (24, 32, 11, 20, 13))
+        columns = "".join(f'<col style="width: {width}%">' for width in (25, 30, 12, 20, 13))
         parts = []
         for topic in self.topics():
             head, *body = ([html.escape(cell).replace("\n", "<br>") for cell in line] for line in self.lines(topic))
@@ -281,7 +281,9 @@ def _difference(as_is, changed):
     """What the change did to the compiled kernel, a line each: "registers 87 -> 128", "programs / SM 3 -> 1"."""
     if "error" in as_is or "error" in changed:
         return changed.get("error", "") or as_is["error"]
-    arrow = "{} {:,} \N{RIGHTWARDS ARROW} {:,}"
-    names = {"registers": "registers", "shared": "shared, bytes:", "programs_per_sm": "programs / SM"}
-    lines = [arrow.format(words, as_is[k], changed[k]) for k, words in names.items() if as_is[k] != changed[k]]
+    arrow = "{} {} \N{RIGHTWARDS ARROW} {}"
+    names = {"registers": "registers", "shared": "shared KiB", "programs_per_sm": "programs / SM"}
+    shown = [{**facts, "shared": f"{facts['shared'] / 1024:.3g}"} for facts in (as_is, changed)]
+    changes = [key for key in names if as_is[key] != changed[key]]
+    lines = [arrow.format(names[key], *(facts[key] for facts in shown)) for key in changes]
     return "\n".join(lines) or "the same resources"

@@ -228,3 +228,9 @@ def test_setup_differs(monkeypatch):
     assert notebooks.setup_differs().startswith("torch 0.0, stored with ")
     monkeypatch.setattr(notebooks, "PYTHON", (2, 7))
     assert notebooks.setup_differs().endswith("stored with 2.7")
+
+
+def test_makefile_sets_the_same_environment():
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    line = re.search(r"^NOTEBOOK_ENV := (.*)$", text, re.MULTILINE)[1]
+    assert dict(setting.split("=") for setting in line.split()) == notebooks.ENV

@@ -23,10 +23,13 @@ def stepper(**options):
 
 
 def timeline():
+    """Bars that grow as time passes."""
     bars = [(0, 0, 3, "blue", "a"), (1, 0, 5, "orange", "b"), (0, 3, 4, "green", "c")]
-    return player.Timeline(
-        "Two SMs", ["SM 0", "SM 1"], bars, unit="us", describe=lambda t, running: f"At {t} us {len(running)} run."
-    )
+    steps = []
+    for t in (0, 3, 4, 5):
+        seen = [(lane, start, min(end, t), color, label) for lane, start, end, color, label in bars if start < t]
+        steps.append({"text": f"At {t} us.", "time": {"bars": seen, "cursor": t}})
+    return player.Stepper("Two SMs", {"time": player.Bars(["SM 0", "SM 1"], unit="us")}, steps)
 
 
 def explorer(frame=None, **options):
@@ -85,9 +88,9 @@ def test_frames_hold_the_callers_data():
     assert table["options"] == [["1 of 4", "2 of 4", "3 of 4", "4 of 4"]]
 
 
-def test_timeline_cuts_bars_at_the_cursor():
+def test_bars_share_an_axis_and_a_cursor():
     table = data(timeline()._repr_html_())
-    assert table["texts"] == ["At 0 us 2 run.", "At 3 us 2 run.", "At 4 us 1 run.", "At 5 us 0 run."]
+    assert table["texts"] == ["At 0 us.", "At 3 us.", "At 4 us.", "At 5 us."]
     styles = [[table["states"][i][2] for i in frame] for frame in table["frames"]]
     assert styles[1] == ["left:0%;width:60%;top:0%", "left:0%;width:60%;top:50%", "display:none", "left:60%;top:0;height:100%"]
     assert styles[3][2] == "left:60%;width:20%;top:0%"
