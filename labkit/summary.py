@@ -65,8 +65,8 @@ def _train(s):
 
 
 def _gqa(s):
-    form = "{heads} KV heads, {how}: {before:.2f} bits a byte, trained on: {after:.2f}"
-    return [form.format(**run) for run in s["runs"]]
+    form = "{heads} KV head{s}, {how}: {before:.2f} bits a byte, trained on: {after:.2f}"
+    return [form.format(**run, s="s" * (run["heads"] > 1)) for run in s["runs"]]
 
 
 def _pruning(s):
@@ -89,7 +89,7 @@ def _streaming_costs(s):
 
 
 def _fusion(s):
-    gains = (f"{n} tokens {gain(times):.2f}x" for n, times in s["block"].items())
+    gains = (f"{n} token{'s' * (int(n) > 1)} {gain(times):.2f}x" for n, times in s["block"].items())
     return ["a block, eager / torch.compile: " + ", ".join(gains)]
 
 
@@ -108,7 +108,8 @@ def _batching(s):
 def _distillation(s):
     lines = {}
     for row in s["students"]:
-        lines.setdefault(f"{row['student']}, {row['first']}", []).append(f"{row['loss']} {row['bits']:.2f}")
+        found = f"{row['loss']} {row['bits']:.2f}".replace(" ", "\N{NO-BREAK SPACE}")  # a line never breaks in there
+        lines.setdefault(f"{row['student']}, {row['first']}", []).append(found)
     return [f"{name} student, bits a byte: " + ", ".join(found) for name, found in lines.items()]
 
 
