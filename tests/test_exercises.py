@@ -34,7 +34,8 @@ def test_both_ways(ex, capsys):
     assert capsys.readouterr().out == f"{ex.name}: all {len(ex.cases)} cases pass.\n"
     ex.check(ex.compiled(ex.stub))
     out = capsys.readouterr().out
-    assert out.startswith(f"{ex.name}: not written yet. {len(ex.cases)} cases are waiting.\nHint 1: ")
+    waiting = "1 case is" if len(ex.cases) == 1 else f"{len(ex.cases)} cases are"
+    assert out.startswith(f"{ex.name}: not written yet. {waiting} waiting.\nHint 1: ")
     assert out.count("\n") == 2
     assert len(ex.bugs) >= 3
     assert len(ex.hints) >= 2

@@ -85,7 +85,8 @@ class Exercise:
         """Run the cases on the reader's `fn` and print the outcome."""
         found = self.failures(fn)
         if found and all(message == "not written yet" for message in found.values()):
-            print(f"{self.name}: not written yet. {len(self.cases)} cases are waiting.")
+            waiting = "1 case is" if len(self.cases) == 1 else f"{len(self.cases)} cases are"
+            print(f"{self.name}: not written yet. {waiting} waiting.")
         elif not found:
             print(f"{self.name}: all {len(self.cases)} cases pass.")
             return

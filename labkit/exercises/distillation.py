@@ -14,7 +14,7 @@ def _logits(seed, *shape):
 
 @exercise(
     hints=[
-        "Both distributions are taken at the temperature. What happens to the gradient as it grows?",
+        "What happens to the size of the gradient as the temperature grows?",
         "The gradient of KL(softmax(t / T), softmax(z / T)) for z is (q - p) / T, and q - p shrinks like 1 / T too.",
         "Multiply the divergence by T ** 2, so that the size of the gradient does not depend on T.",
     ],
@@ -59,7 +59,7 @@ def _(fn):
 
 @exercise(
     hints=[
-        "torch's kl_div takes the log-probabilities of the STUDENT first: it computes KL(target || input).",
+        "kl_div takes the STUDENT's logarithms first: it computes KL(target || input).",
         "reduction='mean' divides by every element, the vocabulary too; 'batchmean' by the first dimension only.",
         "Flatten [B, T, V] to [B * T, V], and say log_target=True, since both are logarithms.",
     ],
@@ -98,7 +98,7 @@ def _(fn):
 
 @exercise(
     hints=[
-        "Compute the mixture m first. What is m at beta = 0, and what is then left of the formula?",
+        "What is the mixture m at beta = 0, and what is then left of the formula?",
         "At beta 0 the formula is KL(q || q) = 0: nothing to learn from. GKD means the forward KL there.",
         "Return KL(p || q) for beta 0 and KL(q || p) for beta 1, before you compute m.",
     ],
@@ -148,7 +148,7 @@ def _(fn):
 
 @exercise(
     hints=[
-        "Write the loss as the sum of q_j f_j with f_j = log q_j - log p_j; dq_j / dz_i is q_j (1[i = j] - q_i).",
+        "The loss is sum q_j f_j, f = log q - log p; dq_j / dz_i = q_j (1[i = j] - q_i).",
         "The change of the logarithm sums to nothing; what is left is q_i f_i minus q_i times the sum of q_j f_j.",
         "grad = q * (f - (q * f).sum()): each token's own difference against the expected one.",
     ],

@@ -9,7 +9,7 @@ from labkit.exercises import exercise, expect
 
 @exercise(
     hints=[
-        "Figure 6 of the paper explains y = (3, 6 | 9, 6) with \"9-5>2\". Its phi is 6, its b 3: what is 9 - phi?",
+        "Figure 6 says \"9-5>2\" of y = (3, 6 | 9, 6). phi is 6, b is 3: what is 9 - phi?",
         "9 - 6 = 3 is not below b = 3: the bounds are inclusive, a score that meets one trips it.",
         "A masked key has no say, however far out its score is (-inf, for one).",
     ],
@@ -105,7 +105,7 @@ def _(fn):
 
 @exercise(
     hints=[
-        "Section 3 offers phi = a, a being the smallest score. How large does score - phi get then?",
+        "Section 3 offers phi = a, the smallest score. How large is score - phi then?",
         "The range of score - phi is (low - phi, high - phi). Both ends want the same distance to their bound.",
         "low - phi - a = b - (high - phi). Solve for phi; there is no room if high - low >= b - a.",
     ],
@@ -124,14 +124,14 @@ def choose_phi(low, high, a, b):
     return phi
 
 
-@choose_phi.case("Llama2-7B in fp32, symmetric bounds")
+@choose_phi.case("Llama-2-7B in fp32, symmetric bounds")
 def _(fn):
     expect(fn(-16.8, 6.5, -60.0, 60.0), -5.15, "phi")
 
 
-@choose_phi.case("Llama2-7B does not fit fp16's bounds, ChatGLM2-6B neither; a narrower model does")
+@choose_phi.case("Llama-2-7B does not fit fp16's bounds, ChatGLM2-6B neither; a narrower model does")
 def _(fn):
-    expect(fn(-16.8, 6.5, -9.0, 11.0), None, "phi for Llama2-7B")
+    expect(fn(-16.8, 6.5, -9.0, 11.0), None, "phi for Llama-2-7B")
     expect(fn(-10.5, 13.7, -9.0, 11.0), None, "phi for ChatGLM2-6B")
     expect(fn(-10.0, 5.0, -9.0, 11.0), -3.5, "phi")
 

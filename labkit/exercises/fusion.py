@@ -7,7 +7,7 @@ from labkit.exercises import exercise, expect
 
 @exercise(
     hints=[
-        "A tensor that is made and used inside the kernel stays in registers: it costs nothing.",
+        "A tensor made and used inside the kernel stays in registers, and costs nothing.",
         "Reads: whatever an operation takes in that no earlier operation made, once however often it is used.",
         "Writes: what is made inside and wanted afterwards. Sum the sizes of both sets.",
     ],
@@ -61,7 +61,7 @@ def _(fn):
 
 @exercise(
     hints=[
-        "y = s * rstd * w. rstd depends on every s of the row, so dy of one column reaches all of them.",
+        "rstd depends on every s of the row, so dy of one column reaches all of them.",
         "With h = s * rstd and g = dy * w: d rstd / d s_j = -rstd^3 s_j / n.",
         "dx = rstd * (g - h * mean(g * h)), the mean over the row. dw: the sum of dy * h over the rows.",
     ],
@@ -110,7 +110,7 @@ def _(fn):
 
 @exercise(
     hints=[
-        "rmsnorm(x) = x * rstd * norm, and rstd is one number for the row: it comes out of the sum over k.",
+        "rstd is one number for the whole row: it comes out of the sum over k.",
         "So one walk over k is enough: add up x * norm * weight, and beside it x^2.",
         "After the loop: y = total * rsqrt(square / k + eps).",
     ],

@@ -13,7 +13,7 @@ def _normal(seed, *shape):
 
 @exercise(
     hints=[
-        "Only the weights that are compared with each other differ: those of one row, or all of them.",
+        "Who is compared with whom? The weights of one row, or all of them.",
         "View the weights as one row for the layer; then both are the same sort.",
         "order = rows.argsort(dim=-1, stable=True); the first int(n * sparsity) columns of order go.",
     ],
@@ -62,7 +62,7 @@ def _(fn):
 
 @exercise(
     hints=[
-        "Sort, take the value at index int(n * sparsity), and compare with <=: how many values are at or below it?",
+        "How many scores are at or below the one at index int(n * sparsity)?",
         "The value at index i has i values before it, and is itself removed.",
         "Values that equal the threshold all go: count them, do not assume them different.",
     ],
@@ -172,7 +172,7 @@ def _(fn):
 
 @exercise(
     hints=[
-        "One removed weight changes the output of its row by -w_j x_j. What do the others have to add up to?",
+        "Removing w_j changes the output by -w_j x_j. What must the others add up to?",
         "The correction of column c > j is -(w_j / U[j, j]) * U[j, c].",
         "row[j + 1 :] -= row[j] / u[j, j] * u[j, j + 1 :], and then row[j] = 0.",
     ],
