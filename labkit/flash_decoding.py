@@ -181,8 +181,8 @@ def sm_player(gpu="H200", num_kv_heads=2, head_dim=128):
             colors = ["muted" if b == 0 else "sky" if b == 1 else "blue" for b in busy]
             grids[name] = [colors[r * cols : (r + 1) * cols] for r in range(rows)]
             values[name] = [n, programs, f"{sum(b > 0 for b in busy)} of {num_sms}", waves, blocks]
-        share = length["the rule"] / length["one split"]
-        text = f"Batch {batch}, {kv_len:,} keys: {rule} splits, {share:.0%} of the blocks in a row."
+        cut, whole = values["the rule"][-1], values["one split"][-1]
+        text = f"Batch {batch}, {kv_len:,} keys, {rule} splits: a program walks {cut:,} blocks instead of {whole:,}."
         return {"text": text, "time": lanes, "work": values, "one": grids["one split"], "many": grids["the rule"]}
 
     panels = {
