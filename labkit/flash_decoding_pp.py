@@ -242,7 +242,7 @@ def device_name():
 # ---- reading phi from a model
 
 # Where 99.99 % of the scores x = q.k / sqrt(D) of a model lie (paper: Figure 5).
-PUBLISHED_RANGES = {"Llama2-7B": (-16.8, 6.5), "ChatGLM2-6B": (-10.5, 13.7), "OPT-6.7B": (-496.8, 363.5)}
+PUBLISHED_RANGES = {"Llama-2-7B": (-16.8, 6.5), "ChatGLM2-6B": (-10.5, 13.7), "OPT-6.7B": (-496.8, 363.5)}
 
 
 def model_scores(model, ids):
