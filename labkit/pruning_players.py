@@ -62,10 +62,11 @@ def sweep_player(sparsity=0.5):
     chosen = "The dense weights. Outlined: what the threshold has chosen, once for the whole block."
     steps, before = [frame(chosen, -1, w, w, 0.0)], w
     for j, (now, _, lost) in enumerate(seen):
-        gone = ", ".join(str(r) for r in range(rows) if not keep[r, j])
-        text = f"Column {j} goes in row {gone}; the rest of the row moves." if gone else f"Column {j} stays everywhere."
-        last = " Nothing is left to the right to make up for it." if j + 1 == columns else ""
-        steps.append(frame(text + last, j, before, now, lost))
+        gone = [str(r) for r in range(rows) if not keep[r, j]]
+        where = "row " + gone[0] if len(gone) == 1 else f"rows {', '.join(gone[:-1])} and {gone[-1]}" if gone else ""
+        then = "the rest of the row moves" if j + 1 < columns else "nothing is left to the right to make up for it"
+        text = f"Column {j} goes in {where}; {then}." if gone else f"Column {j} stays everywhere."
+        steps.append(frame(text, j, before, now, lost))
         before = now
     panels = {
         "weights": player.Grid(rows, columns, col_labels=range(columns), row_labels=[f"row {r}" for r in range(rows)]),
