@@ -128,7 +128,7 @@ def color_of(row):
 
 def draw(report, *, name, caption, alt):
     """The graph before and after: a dot for each launch, in order, an arc for each result that a later one reads."""
-    fig, axes = plot.figure(2, 1, width=8.0, height=4.2, height_ratios=(5, 3))
+    fig, axes = plot.figure(2, 1, height=4.2, height_ratios=(5, 3))
     angle, width = torch.linspace(0, torch.pi, 20), len(report.before)
     for ax, title, rows in zip(axes, ("before", "after"), (report.before, report.after)):
         at, highest = {row.node: i for i, row in enumerate(rows)}, 1
