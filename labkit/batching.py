@@ -11,10 +11,10 @@ from torch.nn.attention.bias import causal_lower_right
 
 from labkit import args, bench, codegen, peers
 from labkit.attention import attention
+from labkit.batching_study import experiments  # noqa: F401
 from labkit.check import randn
 from labkit.paged_attention import pad_tables, sequence_slots, to_pages
 from labkit.scheduler import POLICIES, Batch, Request, Scheduler  # noqa: F401
-from labkit.serving import experiments  # noqa: F401
 from labkit.simulate import (  # noqa: F401
     TOY,
     LinearCost,

@@ -346,7 +346,7 @@ def engine_player() -> player.Stepper:
         steps.append({"text": f"Step {number}: {describe(seen)}", "pages": rows, "texts": texts})
     panels = {
         "pages": player.Grid(num_pages // 6, 6, name="pages, and who holds them"),
-        "texts": player.Values(names, ["state", "text"], name="requests"),
+        "texts": player.Values(names, ["state", "text"], prose=["text"], name="requests"),
     }
     legend = {"green": "held by one", "purple": "shared", "sky": "free, but can be found", "muted": "free"}
     caption = "A run of the engine: pages of 8 tokens, at most 4 requests and 24 tokens a step, chunked prefill."

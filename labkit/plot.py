@@ -41,7 +41,6 @@ STYLE = {
     "font.size": 10,
     "grid.color": "#dddddd",
     "image.cmap": CMAP,
-    "legend.frameon": False,
     "lines.linewidth": 1.8,
     "lines.markersize": 5,
 }

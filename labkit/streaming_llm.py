@@ -285,9 +285,9 @@ def try_ring(kernel, seen, num_sinks, window, device="cpu"):
 
 def experiments():
     """The long CPU experiments of the topic."""
-    from labkit import streams  # which imports this file
+    from labkit import streaming_llm_study as study  # which imports this file
 
-    return streams.experiments()
+    return study.experiments()
 
 
 # --- what the compiler makes of it

@@ -9,7 +9,7 @@ from fresh_memory import nan_in_fresh_memory
 
 import kernels.batching as ops
 from labkit import batching as ref
-from labkit import serving
+from labkit import batching_study as study
 from labkit.batching import TOY, Request, Scheduler, simulate
 from labkit.check import BF16, F16, F32, assert_matches
 
@@ -573,7 +573,7 @@ def test_bad_input_is_named(what, function, device, monkeypatch):
 
 def test_every_policy_writes_the_same_text():
     """Greedy tokens of a small model in fp64, against decoding each prompt alone without cache or pages."""
-    model, rng = serving.small_model(dtype=torch.float64, hidden=64, layers=2), random.Random(0)
+    model, rng = study.small_model(dtype=torch.float64, hidden=64, layers=2), random.Random(0)
     prompts = [[rng.randrange(258) for _ in range(rng.randrange(3, 25))] for _ in range(5)] + [[7] * 13] * 2
     lengths = [rng.randrange(2, 14) for _ in prompts]
     want = []
@@ -584,15 +584,15 @@ def test_every_policy_writes_the_same_text():
         want.append(ids[len(prompt) :])
     for policy in ref.POLICIES:
         for num_pages, max_tokens in ((40, 64), (9, 30)):
-            step = serving.ModelStep(model, num_pages, 4, ref.ragged_attention)
+            step = study.ModelStep(model, num_pages, 4, ref.ragged_attention)
             memory = dict(num_pages=num_pages, page_size=4, max_batch=4, max_tokens=max_tokens, watermark=0.0)
-            got, _ = serving.generate(step, prompts, lengths, policy, **memory)
+            got, _ = study.generate(step, prompts, lengths, policy, **memory)
             assert got == want, (policy, num_pages)
 
 
 def test_measured_steps_are_real_steps():
-    step = serving.ModelStep(serving.small_model(hidden=32, layers=1), 8, 16, ref.ragged_attention)
-    samples = serving.measure_steps(step, [(1, 8, 0), (2, 8, 5), (0, 8, 9)], repeats=1)
+    step = study.ModelStep(study.small_model(hidden=32, layers=1), 8, 16, ref.ragged_attention)
+    samples = study.measure_steps(step, [(1, 8, 0), (2, 8, 5), (0, 8, 9)], repeats=1)
     assert [(t, k) for t, k, _ in samples] == [(1, 8), (7, 21), (9, 9)]
     assert all(seconds > 0 for *_, seconds in samples)
     assert not step.k_pages[:, 0].isnan().all()
@@ -600,24 +600,24 @@ def test_measured_steps_are_real_steps():
 
 def test_studies_run_in_small():
     """The same functions as the recorded experiment, on a few requests."""
-    rungs = serving.ladder(128, 40)
-    assert list(rungs) == list(serving.LADDER)
+    rungs = study.ladder(128, 40)
+    assert list(rungs) == list(study.LADDER)
     assert len({summary["tokens"] for summary in rungs.values()}) == 1  # the same work everywhere
-    sweep = serving.rate_sweep(60, rates=(0.5, 8.0))
+    sweep = study.rate_sweep(60, rates=(0.5, 8.0))
     for by_rate in sweep.values():
         assert by_rate[8.0]["normalised latency"] > by_rate[0.5]["normalised latency"]
-    assert {trace.num_tokens for trace in serving.stalls(count=20).values()} == {
+    assert {trace.num_tokens for trace in study.stalls(count=20).values()} == {
         sum(r.output_len for r in ref.long_prompts(2.0, 20))
     }
 
 
 def test_player_shows_the_run():
     """What stands in the player is what the scheduler did, and under pages somebody is preempted."""
-    html = serving.batching_player().html
+    html = study.batching_player().html
     settings = dict(num_pages=7, page_size=4, max_batch=3, max_tokens=8)
-    runs = {name: serving.watch(serving.PLAYED, **settings, **o) for name, o in serving.PLAYED_POLICIES.items()}
+    runs = {name: study.watch(study.PLAYED, **settings, **o) for name, o in study.PLAYED_POLICIES.items()}
     for name, seen in runs.items():
-        assert seen[-1]["tokens"] == sum(r.output_len for r in serving.PLAYED), name
+        assert seen[-1]["tokens"] == sum(r.output_len for r in study.PLAYED), name
         assert max(len(step["owner"]) for step in seen) <= 7
     assert len(runs["static"]) > len(runs["continuous, paged"]) > len(runs["chunked, paged"])
     assert any(step["batch"].preempted for step in runs["continuous, paged"])
@@ -625,10 +625,10 @@ def test_player_shows_the_run():
     assert f"all done after {len(runs['chunked, paged'])} iterations" in html
 
 
-@pytest.mark.parametrize("policy", serving.PLAYED_POLICIES)
+@pytest.mark.parametrize("policy", study.PLAYED_POLICIES)
 def test_live_cell(policy):
-    assert "33 tokens in" in serving.try_policy(policy, 3, 7)
-    assert "33 tokens in" not in serving.try_policy(policy, 3, 1)  # most are refused
+    assert "33 tokens in" in study.try_policy(policy, 3, 7)
+    assert "33 tokens in" not in study.try_policy(policy, 3, 1)  # most are refused
 
 
 PLANTED_BUGS = [

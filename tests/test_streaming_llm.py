@@ -7,8 +7,9 @@ from fresh_memory import nan_in_fresh_memory
 
 import kernels.attention
 import kernels.streaming_llm as sl
-from labkit import record, streams, trace
+from labkit import record, trace
 from labkit import streaming_llm as ref
+from labkit import streaming_llm_study as study
 from labkit.attention import attention, decode_attention
 from labkit.check import assert_matches, randn
 from labkit.model import TEACHER, Config, Llama, rotate
@@ -376,7 +377,7 @@ def test_a_pass_over_the_stream_is_its_steps(num_sinks, window):
     model, text = small_model(3), ids(150, batch=2)
     stream, filled = Stream(model, num_sinks, window), Stream(model, num_sinks, window)
     with torch.no_grad():
-        got = streams.read(model, text, num_sinks, window, stream=filled)
+        got = study.read(model, text, num_sinks, window, stream=filled)
     want = steps(stream, text)
     torch.testing.assert_close(got, want)
     for a, b in zip(filled.caches, stream.caches):
@@ -392,47 +393,47 @@ def test_original_positions_are_a_plain_mask():
         return attention(q, k, v, window=20, num_sinks=3)
 
     with torch.no_grad():
-        original = streams.read(model, text, 3, 20, original=True)
+        original = study.read(model, text, 3, 20, original=True)
         torch.testing.assert_close(original, model(text, None, masked))
-        assert (original - streams.read(model, text, 3, 20)).abs().max() > 1e-3
-        without = streams.read(model, text, 0, 20, original=True)
-        torch.testing.assert_close(without, streams.read(model, text, 0, 20))
+        assert (original - study.read(model, text, 3, 20)).abs().max() > 1e-3
+        without = study.read(model, text, 0, 20, original=True)
+        torch.testing.assert_close(without, study.read(model, text, 0, 20))
 
 
 def test_ways_agree_where_they_have_to():
     """While nothing is evicted all ways read the same text; afterwards each sees what its name says."""
     model, tokens = small_model(), ids(97)[0]
     with torch.no_grad():
-        dense, size = streams.dense(model, tokens), 24
+        dense, size = study.dense(model, tokens), 24
         for bits in (
-            streams.reset(model, tokens, size),
-            streams.reread(model, tokens, size),
-            streams.cached(model, tokens, 2, size - 2),
+            study.reset(model, tokens, size),
+            study.reread(model, tokens, size),
+            study.cached(model, tokens, 2, size - 2),
         ):
             torch.testing.assert_close(bits[:size], dense[:size])
             assert (bits[size:] - dense[size:]).abs().max() > 1e-3
         after_reset = torch.cat((tokens[:1], tokens[49:73]))
-        torch.testing.assert_close(streams.reset(model, tokens, size)[48:72], streams.dense(model, after_reset))
+        torch.testing.assert_close(study.reset(model, tokens, size)[48:72], study.dense(model, after_reset))
         half_again = torch.cat((tokens[:1], tokens[37:61]))  # BOS, the newer half, and the half that is predicted
-        torch.testing.assert_close(streams.reread(model, tokens, size)[48:60], streams.dense(model, half_again)[12:])
+        torch.testing.assert_close(study.reread(model, tokens, size)[48:60], study.dense(model, half_again)[12:])
         at = torch.tensor([24, 60, 95])
-        plain, with_bos = (streams.recomputed(model, tokens, at, bos=bos, size=size) for bos in (False, True))
+        plain, with_bos = (study.recomputed(model, tokens, at, bos=bos, size=size) for bos in (False, True))
         for i, one, two in zip(at.tolist(), plain, with_bos):
             window = tokens[i + 1 - size : i + 2]  # the last `size` tokens, and the one that is predicted
-            torch.testing.assert_close(one, streams.dense(model, window)[-1])
+            torch.testing.assert_close(one, study.dense(model, window)[-1])
             window = torch.cat((tokens[:1], window[1:]))
-            torch.testing.assert_close(two, streams.dense(model, window)[-1])
+            torch.testing.assert_close(two, study.dense(model, window)[-1])
 
 
 def test_the_slice_on_record():
     """The record's slice is what the committed weights give."""
     recorded = record.experiment("streaming_llm").samples[0]["slice"]
-    assert streams.slice_bits(Llama.from_pretrained(TEACHER)) == pytest.approx(recorded, abs=1e-3)
+    assert study.slice_bits(Llama.from_pretrained(TEACHER)) == pytest.approx(recorded, abs=1e-3)
 
 
 def test_a_fact_is_found_inside_the_window_only():
     model = Llama.from_pretrained(TEACHER)
-    inside, outside = (streams.needle(model, distance, count=4) for distance in (100, 140))
+    inside, outside = (study.needle(model, distance, count=4) for distance in (100, 140))
     assert inside["4+124"] > 1.5
     assert abs(outside["4+124"]) < 0.2
     assert outside["4+252"] > 1.5
@@ -441,13 +442,13 @@ def test_a_fact_is_found_inside_the_window_only():
 def test_needle_stands_where_it_says():
     """The letters asked for are exactly `distance` tokens after their copies."""
     row = torch.zeros(60, dtype=torch.long)
-    streams.put(row, "abcdefgh", 40)
+    study.put(row, "abcdefgh", 40)
     assert bytes(row[20:28].tolist()) == b"abcdefgh"
     seen = []
     model = lambda rows: (seen.append(rows), torch.zeros(*rows.shape, 258))[1]  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams, "read", lambda model, rows, *args, **options: model(rows))
-        streams.needle(model, 50, count=3)
+        patch.setattr(study, "read", lambda model, rows, *args, **options: model(rows))
+        study.needle(model, 50, count=3)
     rows = seen[0]
     for row in rows[:3]:  # told: the question's letters are those of the fact
         assert torch.equal(row[-8:], row[-58:-50])
@@ -458,14 +459,14 @@ def test_needle_stands_where_it_says():
 
 def test_books_and_dialogue_keep_constant_memory():
     model, tokens = small_model(dtype=F32), ids(200)[0]
-    rounds = streams.dialogue(model, tokens, rounds=5, prompt=7, answer=3, size=16, num_sinks=2)
+    rounds = study.dialogue(model, tokens, rounds=5, prompt=7, answer=3, size=16, num_sinks=2)
     assert [r["tokens"] for r in rounds] == [10, 20, 30, 40, 50]
     assert [r["held"]["stream"] for r in rounds] == [10, 16, 16, 16, 16]
     assert [r["held"]["dense"] for r in rounds] == [10, 20, 30, 40, 50]
     assert len({r["bytes"] for r in rounds}) == 1
     assert all(len(r["ms"]["stream"]) == len(r["ms"]["dense"]) == 3 for r in rounds)
     teacher = Llama.from_pretrained(TEACHER)
-    saved = streams.book(teacher, count=4, length=500, places=(60, 400))
+    saved = study.book(teacher, count=4, length=500, places=(60, 400))
     assert saved["stream"][0] > 1.5
     assert abs(saved["stream"][1]) < 0.5
     assert saved["last window"][0] > 1.5
@@ -482,7 +483,7 @@ def test_token_costs_are_of_one_more_token():
         return hidden(tokens, positions, attend)
 
     model.hidden = watched
-    ms = streams.token_costs(model, 40, repeats=2, size=16, num_sinks=2)
+    ms = study.token_costs(model, 40, repeats=2, size=16, num_sinks=2)
     assert seen == [(1, [0]), (1, [39]), (16, None)] * 2
     assert {way: len(times) for way, times in ms.items()} == {"stream": 2, "dense": 2, "recomputed": 2}
     assert all(time > 0 for times in ms.values() for time in times)
@@ -490,7 +491,7 @@ def test_token_costs_are_of_one_more_token():
 
 def test_planted_sink():
     """The window's output is wrong by a factor as soon as the first token leaves; four sinks make it right."""
-    outputs, weights = streams.planted_sink(length=600, size=128)
+    outputs, weights = study.planted_sink(length=600, size=128)
     dense = outputs.pop("dense")
     assert weights.shape == (1, 600, 600)
     assert weights[0, 127, 0] == pytest.approx(0.9, abs=1e-3)
@@ -503,7 +504,7 @@ def test_planted_sink():
 def test_attention_maps_are_the_models():
     """Rows sum to one, later tokens get nothing, and the maps' averages of v are what the model computes with."""
     model, text = small_model(1), ids(12)
-    maps = streams.attention_maps(model, text)
+    maps = study.attention_maps(model, text)
     assert maps.shape == (1, 1, 4, 12, 12)
     torch.testing.assert_close(maps.sum(-1), torch.ones_like(maps[..., 0]))
     assert maps.triu(1).abs().max() == 0
@@ -570,13 +571,13 @@ PLANTED_BUGS = [
     ("labkit/streaming_llm.py", "            args.tensor(\"k\", k, (batch, \"n\", num_kv_heads, head_dim), like=self.k, dtype=self.k.dtype)\n", ""),
     ("labkit/streaming_llm.py", "((q, at[-n:]), (k, at))", "((q, at[:n]), (k, at))"),
     ("labkit/streaming_llm.py", "                cache.evict_for_space(n)\n", "                pass\n"),
-    ("labkit/streams.py", "at.clamp(max=num_sinks + window - 1)", "at.clamp(max=num_sinks + window)"),
-    ("labkit/streams.py", "max(num_sinks, start - window + 1)", "max(num_sinks, start - window + 2)"),
-    ("labkit/streams.py", "(j < num_sinks) | (j > i - window)", "(j < num_sinks) | (j >= i - window)"),
-    ("labkit/streams.py", "torch.cat((bits[0, :half], bits[:, half:].flatten()))", "torch.cat((bits[0, :half], bits[:, :half].flatten()))"),
-    ("labkit/streams.py", "tokens[i + 1 - size : i + 1] for i in part", "tokens[i - size : i] for i in part"),
-    ("labkit/streams.py", "start = len(row) - distance - FACT.index(\"{\")", "start = len(row) - distance"),
-    ("labkit/streams.py", "k[:, 0] = 0.0\n", "\n"),
+    ("labkit/streaming_llm_study.py", "at.clamp(max=num_sinks + window - 1)", "at.clamp(max=num_sinks + window)"),
+    ("labkit/streaming_llm_study.py", "max(num_sinks, start - window + 1)", "max(num_sinks, start - window + 2)"),
+    ("labkit/streaming_llm_study.py", "(j < num_sinks) | (j > i - window)", "(j < num_sinks) | (j >= i - window)"),
+    ("labkit/streaming_llm_study.py", "torch.cat((bits[0, :half], bits[:, half:].flatten()))", "torch.cat((bits[0, :half], bits[:, :half].flatten()))"),
+    ("labkit/streaming_llm_study.py", "tokens[i + 1 - size : i + 1] for i in part", "tokens[i - size : i] for i in part"),
+    ("labkit/streaming_llm_study.py", "start = len(row) - distance - FACT.index(\"{\")", "start = len(row) - distance"),
+    ("labkit/streaming_llm_study.py", "k[:, 0] = 0.0\n", "\n"),
     ("labkit/args.py", "expect(x.shape[0] >= size, f\"{name} (rows)\"", "expect(True, f\"{name} (rows)\""),
     ("labkit/args.py", "expect(dim % 2 == 0, \"q (head_dim)\", dim, \"an even number, to rotate pairs\")", "pass"),
 ]  # fmt: skip
