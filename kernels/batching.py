@@ -55,7 +55,7 @@ def _ragged_kernel(
     # Rows of the tile: BLOCK_Q queries times the heads of a group, GROUP being the next power of two.
     offs_m = tl.arange(0, BLOCK_Q * GROUP)
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     query = tile * BLOCK_Q + offs_m // GROUP
     head = pid_h * group + offs_m % GROUP
     mask_d = offs_d < HEAD_DIM

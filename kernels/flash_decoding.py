@@ -38,7 +38,7 @@ def _attend_split(
     """
     offs_h = tl.arange(0, BLOCK_H)
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask_d = offs_d < HEAD_DIM
     mask_q = (offs_h[:, None] < group) & mask_d[None, :]
     q_ptrs = q_ptr + pid_b * stride_qb + (pid_h * group + offs_h[:, None]) * stride_qh + offs_d[None, :] * stride_qd
@@ -88,7 +88,7 @@ def _merge_head(
 ):  # fmt: skip
     """Merge the splits of one head: o [BLOCK_D], lse. BLOCK_S of them at a time, with an online softmax over splits."""
     offs_s = tl.arange(0, BLOCK_S)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     m = tl.full([1], float("-inf"), tl.float32)
     l = tl.zeros([1], tl.float32)
     acc = tl.zeros([BLOCK_D], tl.float32)
@@ -130,7 +130,7 @@ def _split_kernel(
         pid_b, pid_h, pid_s, num_splits, group, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N, TILES,
     )  # fmt: skip
     offs_h = tl.arange(0, BLOCK_H)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask_h = offs_h < group
     mask_o = mask_h[:, None] & (offs_d < HEAD_DIM)[None, :]
     head = pid_h * group + offs_h
@@ -155,7 +155,7 @@ def _merge_kernel(
         part_lse_ptr + pid_b * stride_plb + head * stride_plh, stride_pls,
         num_splits, HEAD_DIM, BLOCK_D, BLOCK_S,
     )  # fmt: skip
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     o_ptrs = o_ptr + pid_b * stride_ob + head * stride_oh + offs_d * stride_od
     tl.store(o_ptrs, cast(o, o_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
     tl.store(lse_ptr + pid_b * stride_lb + head * stride_lh + tl.arange(0, 1), lse)
@@ -186,7 +186,7 @@ def _one_launch_kernel(
         pid_b, pid_h, pid_s, num_splits, group, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N, TILES,
     )  # fmt: skip
     offs_h = tl.arange(0, BLOCK_H)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask_h = offs_h < group
     head = pid_h * group + offs_h
     part_ptrs = part_o_ptr + pid_b * stride_pb + pid_s * stride_ps + offs_d[None, :] * stride_pd

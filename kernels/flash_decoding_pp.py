@@ -58,7 +58,7 @@ def _unified_walk(
     """
     offs_h = tl.arange(0, BLOCK_H)
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask_d = offs_d < HEAD_DIM
     mask_q = (offs_h[:, None] < group) & mask_d[None, :]
     q_ptrs = q_ptr + pid_b * stride_qb + (pid_h * group + offs_h[:, None]) * stride_qh + offs_d[None, :] * stride_qd
@@ -103,7 +103,7 @@ def _store_part(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, ONE_SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Store the partial result of some rows [BLOCK_H] of a group; base may be one number for all of them."""
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     head = pid_h * group + tl.arange(0, BLOCK_H)
     if ONE_SPLIT:  # nothing to merge: num is the output
         num = num / tl.where(den == 0.0, 1.0, den)[:, None]
@@ -171,7 +171,7 @@ def _sum_splits(
 ):  # fmt: skip
     """num [BLOCK_D] and den of all splits. With one phi for all they simply add; WEIGHTED: by exp(base - top)."""
     offs_s = tl.arange(0, BLOCK_S)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     num = tl.zeros([BLOCK_D], tl.float32)
     den = 0.0
     for s in range(0, num_splits, BLOCK_S):
@@ -226,7 +226,7 @@ def _unified_merge_kernel(
             HEAD_DIM, BLOCK_D, BLOCK_S, False,
         )  # fmt: skip
     o = num / tl.where(den == 0.0, 1.0, den)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     o_ptrs = o_ptr + pid_b * stride_ob + head * stride_oh + offs_d * stride_od
     tl.store(o_ptrs, cast(o, o_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
     tl.store(recomputed_ptr + pid_b * stride_rb + head * stride_rh, tripped > 0)

@@ -56,7 +56,7 @@ def _paged_split_kernel(
     pid_b = tl.program_id(2).to(tl.int64)
     offs_h = tl.arange(0, BLOCK_H)
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask_h = offs_h < group
     mask_d = offs_d < HEAD_DIM
     head = pid_h * group + offs_h
@@ -112,7 +112,7 @@ def _write_kv_kernel(
         page = slot // PAGE_SIZE
         offset = slot % PAGE_SIZE
         offs_h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)[:, None]  # heads may lie far apart
-        offs_d = tl.arange(0, BLOCK_D)[None, :]
+        offs_d = tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
         mask = (offs_h < num_kv_heads) & (offs_d < HEAD_DIM)
         k = tl.load(k_ptr + token * stride_kn + offs_h * stride_kh + offs_d * stride_kd, mask=mask)
         v = tl.load(v_ptr + token * stride_vn + offs_h * stride_vh + offs_d * stride_vd, mask=mask)

@@ -17,7 +17,7 @@ def _rotate_heads(
     HALF: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
     """y = rotated (x + bias) for some heads [BLOCK_H] of one token: pairs (d, d + D/2); angles [BLOCK_D]."""
-    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
     head = head[:, None]
     mask = (head < num_heads) & (offs_d < HALF)
     at = head.to(tl.int64) * stride_xh + offs_d * stride_xd
@@ -47,7 +47,7 @@ def _rope_kernel(
     """One token and BLOCK_H heads: first the blocks of query heads, then those of key heads."""
     token = tl.program_id(0).to(tl.int64)
     b, t = token // length, token % length
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     cos_ptrs = cos_ptr + b * stride_cb + t * stride_ct + offs_d * stride_cd
     sin_ptrs = sin_ptr + b * stride_sb + t * stride_st + offs_d * stride_sd
     cos = tl.load(cos_ptrs, mask=offs_d < HALF, other=0.0).to(tl.float32)
@@ -87,7 +87,7 @@ def _rope_write_kv_kernel(
 ):  # fmt: skip
     """One token and BLOCK_H heads: blocks of query heads, then of keys, then of values."""
     token = tl.program_id(0).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     cos = tl.load(cos_ptr + token * stride_cn + offs_d * stride_cd, mask=offs_d < HALF, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + token * stride_sn + offs_d * stride_sd, mask=offs_d < HALF, other=0.0).to(tl.float32)
     slot = tl.load(slots_ptr + token)

@@ -64,8 +64,8 @@ def _sink_split_kernel(
     HALF: tl.constexpr = HEAD_DIM // 2
     offs_h = tl.arange(0, BLOCK_H)
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_r = tl.arange(0, BLOCK_R)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
     mask_h = offs_h < group
     mask_d = offs_d < HEAD_DIM
     mask_r = (offs_r < HALF)[None, :]
