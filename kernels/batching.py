@@ -80,7 +80,7 @@ def _ragged_kernel(
         key = first + offs_n
         mask_n = key < tl.where((page >= 0) & (page < num_pages), end, 0)  # one page may stand for all keys
         mask_kv = mask_n[:, None] & mask_d[None, :]
-        page, offset = page.to(tl.int64), key % PAGE_SIZE  # a cache may hold more than 2^31 elements
+        page, offset = page.to(tl.int64), (key % PAGE_SIZE).to(tl.int64)  # a cache may hold more than 2^31 elements
         k = tl.load(k_ptrs + (page * stride_kp + offset * stride_kn)[:, None], mask=mask_kv, other=0.0)
         v = tl.load(v_ptrs + (page * stride_vp + offset * stride_vn)[:, None], mask=mask_kv, other=0.0)
         keep = mask_n[None, :] & (key[None, :] <= position[:, None])

@@ -87,7 +87,7 @@ def _merge_head(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one head: o [BLOCK_D], lse. BLOCK_S of them at a time, with an online softmax over splits."""
-    offs_s = tl.arange(0, BLOCK_S)
+    offs_s = tl.arange(0, BLOCK_S).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     m = tl.full([1], float("-inf"), tl.float32)
     l = tl.zeros([1], tl.float32)

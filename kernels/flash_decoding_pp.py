@@ -302,16 +302,17 @@ def _gemv_kernel(
     """BLOCK_N outputs of BLOCK_M tokens, multiplied and added in fp32 without the matrix unit."""
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_k = tl.arange(0, BLOCK_K)
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     mask_n, mask_m = (offs_n < n)[:, None], (offs_m < m)[:, None]
-    w_ptrs = w_ptr + offs_n[:, None] * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
-    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
+    w_ptr += offs_n[:, None] * stride_wn
+    x_ptr += offs_m[:, None] * stride_xm
     acc = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], tl.float32)  # summed over k once, after the loop
     # A loop without a dot is pipelined only by tl.range: STAGES - 1 tiles of w are on their way.
     for first in tl.range(0, k, BLOCK_K, num_stages=STAGES):
         mask_k = (offs_k < k - first)[None, :]
-        w = tl.load(w_ptrs + first * stride_wk, mask=mask_n & mask_k, other=0.0).to(tl.float32)
-        x = tl.load(x_ptrs + first * stride_xk, mask=mask_m & mask_k, other=0.0).to(tl.float32)
+        cols = (first + offs_k)[None, :]  # 64-bit: a column of a transposed w is N elements away from the next
+        w = tl.load(w_ptr + cols * stride_wk, mask=mask_n & mask_k, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + cols * stride_xk, mask=mask_m & mask_k, other=0.0).to(tl.float32)
         acc += x[:, None, :] * w[None, :, :]
     y = tl.sum(acc, 2)  # [BLOCK_M, BLOCK_N]
     y_ptrs = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :] * stride_yn
@@ -403,6 +404,7 @@ def _flat_gemm_kernel(
     w_ptrs = w_ptr + offs_n[:, None] * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
     x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
     end = tl.minimum(k - pid_k * k_per_split, k_per_split)
+    step = tl.full((), BLOCK_K, tl.int64)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for first in range(0, end, BLOCK_K):
         if EVEN_K:
@@ -413,8 +415,8 @@ def _flat_gemm_kernel(
             w = tl.load(w_ptrs, mask=mask_n & mask_k, other=0.0)
             x = tl.load(x_ptrs, mask=mask_m & mask_k, other=0.0)
         acc += dot(w, tl.trans(x))
-        w_ptrs += BLOCK_K * stride_wk
-        x_ptrs += BLOCK_K * stride_xk
+        w_ptrs += step * stride_wk
+        x_ptrs += step * stride_xk
     y_ptrs = y_ptr + offs_m[None, :] * stride_ym + offs_n[:, None] * stride_yn
     mask_y = mask_n & (offs_m < m)[None, :]
     part_ptr += tile.to(tl.int64) * SPLIT_K * stride_pp

@@ -251,23 +251,23 @@ def _gate_up_kernel(
     """
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_k = tl.arange(0, BLOCK_K)
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     mask_n, mask_m = (offs_n < n)[:, None], (offs_m < m)[:, None]
-    cols = offs_k[None, :].to(tl.int64)
-    gate_ptrs = gate_ptr + offs_n[:, None] * stride_gn + cols * stride_gk
-    up_ptrs = up_ptr + offs_n[:, None] * stride_un + cols * stride_uk
-    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + cols * stride_xk
+    gate_ptr += offs_n[:, None] * stride_gn
+    up_ptr += offs_n[:, None] * stride_un
+    x_ptr += offs_m[:, None] * stride_xm
     gate_acc = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], tl.float32)
     up_acc = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], tl.float32)
     square = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for first in tl.range(0, k, BLOCK_K, num_stages=STAGES):
         mask_k = (offs_k < k - first)[None, :]
-        gate = tl.load(gate_ptrs + first * stride_gk, mask=mask_n & mask_k, other=0.0).to(tl.float32)
-        up = tl.load(up_ptrs + first * stride_uk, mask=mask_n & mask_k, other=0.0).to(tl.float32)
-        x = tl.load(x_ptrs + first * stride_xk, mask=mask_m & mask_k, other=0.0).to(tl.float32)
+        cols = (first + offs_k)[None, :]
+        gate = tl.load(gate_ptr + cols * stride_gk, mask=mask_n & mask_k, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + cols * stride_uk, mask=mask_n & mask_k, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + cols * stride_xk, mask=mask_m & mask_k, other=0.0).to(tl.float32)
         if NORMED:
             square += x * x
-            x *= tl.load(norm_ptr + (first + cols) * stride_nk, mask=mask_k, other=0.0).to(tl.float32)
+            x *= tl.load(norm_ptr + cols * stride_nk, mask=mask_k, other=0.0).to(tl.float32)
         gate_acc += x[:, None, :] * gate[None, :, :]
         up_acc += x[:, None, :] * up[None, :, :]
     gate, up = tl.sum(gate_acc, 2), tl.sum(up_acc, 2)  # [BLOCK_M, BLOCK_N]

@@ -35,7 +35,7 @@ def _pages_of_tile(table_ptr, stride_tp, first, end, PAGE_SIZE: tl.constexpr, BL
         key = first
     else:
         key = first + tl.arange(0, BLOCK_N)
-    return tl.load(table_ptr + (key // PAGE_SIZE) * stride_tp, mask=key < end, other=-1)
+    return tl.load(table_ptr + (key // PAGE_SIZE).to(tl.int64) * stride_tp, mask=key < end, other=-1)
 
 
 @triton.jit

@@ -20,9 +20,10 @@ def _rotate_heads(
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
     head = head[:, None]
     mask = (head < num_heads) & (offs_d < HALF)
+    half = tl.full((), HALF, tl.int64)
     at = head.to(tl.int64) * stride_xh + offs_d * stride_xd
     a = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(x_ptr + at + HALF * stride_xd, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(x_ptr + at + half * stride_xd, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         a += tl.load(bias_ptr + head * (2 * HALF) + offs_d, mask=mask, other=0.0).to(tl.float32)
         b += tl.load(bias_ptr + head * (2 * HALF) + offs_d + HALF, mask=mask, other=0.0).to(tl.float32)
@@ -30,7 +31,7 @@ def _rotate_heads(
         a, b = a * cos_a[None, :] - b * sin_a[None, :], b * cos_b[None, :] + a * sin_b[None, :]
     at = head.to(tl.int64) * stride_yh + offs_d * stride_yd
     tl.store(y_ptr + at, cast(a, y_ptr.dtype.element_ty), mask=mask)
-    tl.store(y_ptr + at + HALF * stride_yd, cast(b, y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + at + half * stride_yd, cast(b, y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -53,8 +54,9 @@ def _rope_kernel(
     cos = tl.load(cos_ptrs, mask=offs_d < HALF, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptrs, mask=offs_d < HALF, other=0.0).to(tl.float32) * sign
     if FULL:
-        cos_b = tl.load(cos_ptrs + HALF * stride_cd, mask=offs_d < HALF, other=0.0).to(tl.float32)
-        sin_b = tl.load(sin_ptrs + HALF * stride_sd, mask=offs_d < HALF, other=0.0).to(tl.float32) * sign
+        half = tl.full((), HALF, tl.int64)
+        cos_b = tl.load(cos_ptrs + half * stride_cd, mask=offs_d < HALF, other=0.0).to(tl.float32)
+        sin_b = tl.load(sin_ptrs + half * stride_sd, mask=offs_d < HALF, other=0.0).to(tl.float32) * sign
     else:
         cos_b, sin_b = cos, sin
     block, q_blocks = tl.program_id(1), tl.cdiv(num_q_heads, BLOCK_H)
@@ -93,7 +95,7 @@ def _rope_write_kv_kernel(
     slot = tl.load(slots_ptr + token)
     page, offset = slot // page_size, slot % page_size
     block, q_blocks, kv_blocks = tl.program_id(1), tl.cdiv(num_q_heads, BLOCK_H), tl.cdiv(num_kv_heads, BLOCK_H)
-    stride_h = 2 * HALF * stride_xd
+    stride_h = tl.full((), 2 * HALF, tl.int64) * stride_xd
     x_ptr = qkv_ptr + token * stride_xn
     if block < q_blocks:
         _rotate_heads(

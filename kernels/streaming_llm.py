@@ -40,7 +40,7 @@ def _load_rotated(
     cos = tl.load(cos_ptrs, mask=mask_angle, other=0.0)
     sin = tl.load(sin_ptrs, mask=mask_angle, other=0.0)
     a = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(x_ptrs + HALF * stride_xd, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(x_ptrs + tl.full((), HALF, tl.int64) * stride_xd, mask=mask, other=0.0).to(tl.float32)
     return cast(a * cos - b * sin, dtype), cast(b * cos + a * sin, dtype)
 
 
@@ -73,7 +73,7 @@ def _sink_split_kernel(
 
     seen = tl.maximum(tl.load(seen_ptr + pid_b), 0)
     held = tl.minimum(seen, num_sinks + window)
-    last = tl.maximum(held - 1, 0)  # the current token's position
+    last = tl.maximum(held - 1, 0).to(tl.int64)  # the current token's position
     q_ptrs = q_ptr + pid_b * stride_qb + head[:, None] * stride_qh + offs_r[None, :] * stride_qd
     q_cos = cos_ptr + last * stride_cn + offs_r[None, :] * stride_cd
     q_sin = sin_ptr + last * stride_sn + offs_r[None, :] * stride_sd
@@ -92,8 +92,9 @@ def _sink_split_kernel(
         position = first + offs_n
         mask_n = position < end
         slot = _slot_of(position, seen, num_sinks, window).to(tl.int64)[:, None]
-        k_cos = cos_ptr + position[:, None] * stride_cn + offs_r[None, :] * stride_cd
-        k_sin = sin_ptr + position[:, None] * stride_sn + offs_r[None, :] * stride_sd
+        rows = position.to(tl.int64)[:, None]
+        k_cos = cos_ptr + rows * stride_cn + offs_r[None, :] * stride_cd
+        k_sin = sin_ptr + rows * stride_sn + offs_r[None, :] * stride_sd
         mask_k = mask_n[:, None] & mask_r
         k_ptrs = k_ptr + slot * stride_kn + offs_r[None, :] * stride_kd
         k_a, k_b = _load_rotated(k_ptrs, stride_kd, k_cos, k_sin, mask_k, mask_k, HALF)

@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from far_apart import far_apart
 from fresh_memory import nan_in_fresh_memory
 
 import kernels.batching as ops
@@ -510,6 +511,15 @@ def test_ragged(case, device, monkeypatch):
     assert_matches(got, ref.ragged_attention, *tensors, sm_scale=case.sm_scale)
 
 
+@pytest.mark.parametrize("name, dim", [("k_pages", 1), ("v_pages", 1), ("k_pages", 3), ("q", 2)])
+def test_offsets_of_64_bits(name, dim, device):
+    """Pages whose tokens lie far apart, as in [page_size, P, Hkv, D], and a large stride inside the head."""
+    tensors = ref.RaggedCase("", [(5, 70), (1, 33)], dtype=F16).tensors(device)
+    names = ("q", "k_pages", "v_pages", "block_table", "q_starts", "kv_lens")
+    spread = [far_apart(x, dim) if n == name else x for n, x in zip(names, tensors)]
+    assert_matches(ops.ragged_attention(*spread), ref.ragged_attention, *tensors)
+
+
 def test_reference_is_torchs_attention():
     """One sequence at a time, through torch's own attention on the contiguous keys that the pages were cut from."""
     case = ref.RaggedCase("", [(5, 9), (1, 20), (4, 4)], dtype=F32, num_q_heads=6)
@@ -658,7 +668,7 @@ PLANTED_BUGS = [
     ("kernels/batching.py", "(offs_m % GROUP < group)", "(offs_m % GROUP < GROUP)"),
     ("kernels/batching.py", "head = pid_h * group + offs_m % GROUP", "head = pid_h * GROUP + offs_m % GROUP"),
     ("kernels/batching.py", "rows = (q_start + query)", "rows = query"),
-    ("kernels/batching.py", "offset = page.to(tl.int64), key % PAGE_SIZE", "offset = page.to(tl.int64), offs_n % PAGE_SIZE"),
+    ("kernels/batching.py", "(key % PAGE_SIZE).to(tl.int64)", "(offs_n % PAGE_SIZE).to(tl.int64)"),
     ("kernels/batching.py", "// config[\"BLOCK_Q\"] + batch, num_kv_heads)", "// config[\"BLOCK_Q\"] + 1, num_kv_heads)"),
     ("labkit/args.py", "starts == sorted(starts) and", ""),
 ]
