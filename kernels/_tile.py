@@ -25,7 +25,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@functools.cache
 def device_properties() -> dict:
     """"multiprocessor_count" and "max_shared_mem" (bytes a block) of the current device.
 
@@ -33,8 +32,12 @@ def device_properties() -> dict:
     """
     if INTERPRETED:
         return {"multiprocessor_count": 132, "max_shared_mem": 232_448}
-    driver = triton.runtime.driver.active
-    return driver.utils.get_device_properties(driver.get_current_device())
+    return _properties_of(triton.runtime.driver.active.get_current_device())
+
+
+@functools.cache
+def _properties_of(device: int) -> dict:
+    return triton.runtime.driver.active.utils.get_device_properties(device)
 
 
 def block_dim(head_dim: int) -> int:

@@ -2,6 +2,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from far_apart import far_apart
 from fresh_memory import nan_in_fresh_memory
 
 import kernels.flash_decoding as fd
+from kernels import _tile
 from labkit import flash_decoding as ref
 from labkit import ranks, splits, trace
 from labkit.attention import decode_attention
@@ -168,6 +170,19 @@ def test_cast_rounds_to_nearest_even(device):
         out = torch.empty(1, 36, 256, dtype=torch.bfloat16, device=device)
         fd._launch_merge(part_o, torch.zeros(1, 36, 1, device=device), out, torch.empty(1, 36, device=device))
         assert torch.equal(out, part_o[:, :, 0].to(torch.bfloat16))
+
+
+def test_every_device_has_its_own_properties(monkeypatch):
+    """Two GPUs in one process, and a rule that was asked on the first: the second's answer is its own, and kept."""
+    asked = []
+    driver = types.SimpleNamespace(get_current_device=lambda: current)
+    driver.utils = types.SimpleNamespace(get_device_properties=lambda i: asked.append(i) or {"max_shared_mem": 1000 + i})
+    monkeypatch.setattr(_tile, "INTERPRETED", False)
+    monkeypatch.setattr(_tile.triton.runtime, "driver", types.SimpleNamespace(active=driver))
+    for current in (70, 80, 70, 80):
+        assert _tile.device_properties() == {"max_shared_mem": 1000 + current}
+    assert asked == [70, 80]
+    _tile._properties_of.cache_clear()
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
