@@ -12,7 +12,7 @@ import triton.language as tl
 from kernels._tile import LOG2E, attend_tile, cast, finish
 from kernels.attention import attention_config
 from kernels.flash_decoding import split_config
-from kernels.paged_attention import _pages_of_tile
+from kernels.paged_attention import pages_of_tile
 from labkit import args
 
 
@@ -73,10 +73,10 @@ def _ragged_kernel(
     m = tl.full([BLOCK_Q * GROUP], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_Q * GROUP], tl.float32)
     acc = tl.zeros([BLOCK_Q * GROUP, BLOCK_D], tl.float32)
-    next_page = _pages_of_tile(table_ptr, stride_tp, 0, end, PAGE_SIZE, BLOCK_N)
+    next_page = pages_of_tile(table_ptr, stride_tp, 0, end, PAGE_SIZE, BLOCK_N)
     for first in range(0, end, BLOCK_N):
         page = next_page
-        next_page = _pages_of_tile(table_ptr, stride_tp, first + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
+        next_page = pages_of_tile(table_ptr, stride_tp, first + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
         key = first + offs_n
         mask_n = key < tl.where((page >= 0) & (page < num_pages), end, 0)  # one page may stand for all keys
         mask_kv = mask_n[:, None] & mask_d[None, :]

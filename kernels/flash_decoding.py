@@ -23,7 +23,7 @@ from labkit import args, splits
 
 
 @triton.jit
-def _attend_split(
+def attend_split(
     q_ptr, stride_qb, stride_qh, stride_qd,  # [B, Hq, D]
     k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,  # [B, L, Hkv, D]
     v_ptr, stride_vb, stride_vn, stride_vh, stride_vd,  # [B, L, Hkv, D]
@@ -111,7 +111,7 @@ def _merge_head(
 
 
 @triton.jit
-def _split_kernel(
+def split_kernel(
     q_ptr, stride_qb, stride_qh, stride_qd,  # [B, Hq, D]
     k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,  # [B, L, Hkv, D]
     v_ptr, stride_vb, stride_vn, stride_vh, stride_vd,  # [B, L, Hkv, D]
@@ -124,7 +124,7 @@ def _split_kernel(
     pid_s = tl.program_id(0)
     pid_h = tl.program_id(1).to(tl.int64)
     pid_b = tl.program_id(2).to(tl.int64)
-    o, lse = _attend_split(
+    o, lse = attend_split(
         q_ptr, stride_qb, stride_qh, stride_qd, k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,
         v_ptr, stride_vb, stride_vn, stride_vh, stride_vd, kv_lens_ptr, max_kv_len,
         pid_b, pid_h, pid_s, num_splits, group, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N, TILES,
@@ -180,7 +180,7 @@ def _one_launch_kernel(
     pid_s = tl.program_id(0)
     pid_h = tl.program_id(1).to(tl.int64)
     pid_b = tl.program_id(2).to(tl.int64)
-    o, lse = _attend_split(
+    o, lse = attend_split(
         q_ptr, stride_qb, stride_qh, stride_qd, k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,
         v_ptr, stride_vb, stride_vn, stride_vh, stride_vd, kv_lens_ptr, max_kv_len,
         pid_b, pid_h, pid_s, num_splits, group, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N, TILES,
@@ -233,7 +233,7 @@ MERGE_BLOCK = 16  # splits merged at a time
 _arrived: dict[tuple, torch.Tensor] = {}
 
 
-def _arrival_counters(q: torch.Tensor, count: int) -> torch.Tensor:
+def arrival_counters(q: torch.Tensor, count: int) -> torch.Tensor:
     """Zeroed counters for the one-launch kernel, kept per device and stream since every launch leaves them at zero.
 
     A captured graph remembers their address: those of one size are never freed, a larger call gets others.
@@ -313,10 +313,10 @@ def flash_decoding(q, k, v, kv_lens, *, num_splits=None, sm_scale=None, one_laun
     if one_launch and num_splits > 1:
         _one_launch_kernel[grid](
             *inputs, *outputs, o, *o.stride(), lse, *lse.stride(),
-            _arrival_counters(q, batch * num_kv_heads * tiles), *sizes,
+            arrival_counters(q, batch * num_kv_heads * tiles), *sizes,
             HEAD_DIM=head_dim, BLOCK_S=MERGE_BLOCK, **config,
         )  # fmt: skip
     else:
-        _split_kernel[grid](*inputs, *outputs, *sizes, HEAD_DIM=head_dim, **config)
+        split_kernel[grid](*inputs, *outputs, *sizes, HEAD_DIM=head_dim, **config)
         merge_splits()
     return o, lse

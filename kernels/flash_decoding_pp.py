@@ -14,7 +14,7 @@ import triton.language as tl
 
 from kernels import INTERPRETED
 from kernels._tile import LOG2E, block_dim, cast, device_properties, dot
-from kernels.flash_decoding import MERGE_BLOCK, _arrival_counters, _attend_split, split_config, tiles_per_group
+from kernels.flash_decoding import MERGE_BLOCK, arrival_counters, attend_split, split_config, tiles_per_group
 from labkit import args, splits
 
 
@@ -54,7 +54,7 @@ def _unified_walk(
 ):  # fmt: skip
     """One tile of heads over one split: numerator [BLOCK_H, BLOCK_D]; denominator, least and largest x - phi [BLOCK_H].
 
-    Twin of `flash_decoding._attend_split`; q, the cut into splits and the two kinds of tiles are the same.
+    Twin of `flash_decoding.attend_split`; q, the cut into splits and the two kinds of tiles are the same.
     """
     offs_h = tl.arange(0, BLOCK_H)
     offs_n = tl.arange(0, BLOCK_N)
@@ -148,7 +148,7 @@ def _unified_split_kernel(
             num, den, phi, mask_h & ~again, pid_b, pid_h, pid_s, group, HEAD_DIM, BLOCK_D, BLOCK_H, ONE_SPLIT,
         )  # fmt: skip
     if SYNCHRONISED or tl.max(again.to(tl.int32), 0) > 0:
-        o, lse = _attend_split(
+        o, lse = attend_split(
             q_ptr, stride_qb, stride_qh, stride_qd, k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,
             v_ptr, stride_vb, stride_vn, stride_vh, stride_vd, kv_lens_ptr, max_kv_len,
             pid_b, pid_h, pid_s, num_splits, group, sm_scale * LOG2E, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N, TILES,
@@ -377,7 +377,7 @@ def launch_tiles(kernel, inputs, y, k, config, **constants) -> None:
     if split_k > 1:
         num_tiles = grid[1] * grid[2]
         part = torch.empty(num_tiles * split_k, block_n, block_m, dtype=torch.float32, device=y.device)
-        arrived = _arrival_counters(y, num_tiles)
+        arrived = arrival_counters(y, num_tiles)
     kernel[grid](
         *inputs, y, *y.stride(), part, part.stride(0), part.stride(1), arrived, m, n, k, k_per_split,
         **constants, **config,

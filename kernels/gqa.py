@@ -7,7 +7,7 @@ import torch
 
 from kernels._tile import LOG2E, device_properties
 from kernels.attention import attention  # noqa: F401  (prefill: timed beside them, under this topic's name)
-from kernels.flash_decoding import _split_kernel, flash_decoding, split_config, split_outputs
+from kernels.flash_decoding import split_kernel, flash_decoding, split_config, split_outputs
 from labkit import args, splits
 
 
@@ -38,7 +38,7 @@ def gqa_decoding(q, k, v, kv_lens, *, num_splits=None, sm_scale=None, heads=None
     if num_splits is None:  # the rule sees the programs that there are, so each version gets the splits that suit it
         num_splits = splits.choose(batch * tiles, device_properties()["multiprocessor_count"], max_kv_len, head_dim)
     outputs, merge_splits = split_outputs(o, lse, num_splits)
-    _split_kernel[(num_splits, tiles, batch)](
+    split_kernel[(num_splits, tiles, batch)](
         q, *q.stride(), k, *k.stride(), v, *v.stride(), kv_lens.contiguous(), *outputs,
         max_kv_len, num_splits, heads, args.scale(sm_scale, head_dim) * LOG2E.value,
         HEAD_DIM=head_dim, TILES=group // heads, **split_config(q.dtype, head_dim, heads),

@@ -26,7 +26,7 @@ from labkit import args, splits
 
 
 @triton.jit
-def _pages_of_tile(table_ptr, stride_tp, first, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+def pages_of_tile(table_ptr, stride_tp, first, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Page of every key of the tile that begins at `first` [BLOCK_N], or one number if it lies in one page.
 
     -1 from `end` on: what stands in the table there is not read.
@@ -75,13 +75,13 @@ def _paged_split_kernel(
     m = tl.full([BLOCK_H], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-    next_page = _pages_of_tile(table_ptr, stride_tp, start, end, PAGE_SIZE, BLOCK_N)
+    next_page = pages_of_tile(table_ptr, stride_tp, start, end, PAGE_SIZE, BLOCK_N)
     for first in range(start, end, BLOCK_N):
         if READ_AHEAD:
             page = next_page
-            next_page = _pages_of_tile(table_ptr, stride_tp, first + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
+            next_page = pages_of_tile(table_ptr, stride_tp, first + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
         else:
-            page = _pages_of_tile(table_ptr, stride_tp, first, end, PAGE_SIZE, BLOCK_N)
+            page = pages_of_tile(table_ptr, stride_tp, first, end, PAGE_SIZE, BLOCK_N)
         key = first + offs_n
         mask_n = key < tl.where((page >= 0) & (page < num_pages), end, 0)  # one page may stand for all keys
         mask_kv = mask_n[:, None] & mask_d[None, :]

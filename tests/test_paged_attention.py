@@ -781,7 +781,7 @@ PLANTED_BUGS = [
     ("kernels/paged_attention.py", "key < tl.where((page >= 0)", "key < key + tl.where((page >= 0)"),
     ("kernels/paged_attention.py", "(page >= 0) & (page < num_pages)", "page < num_pages"),
     ("kernels/paged_attention.py", "(page >= 0) & (page < num_pages)", "page >= 0"),
-    ("kernels/paged_attention.py", "next_page = _pages_of_tile(table_ptr, stride_tp, first + BLOCK_N, end", "next_page = _pages_of_tile(table_ptr, stride_tp, first, end"),
+    ("kernels/paged_attention.py", "next_page = pages_of_tile(table_ptr, stride_tp, first + BLOCK_N, end", "next_page = pages_of_tile(table_ptr, stride_tp, first, end"),
     ("kernels/paged_attention.py", "    if PAGE_SIZE % BLOCK_N == 0:", "    if PAGE_SIZE >= BLOCK_N:"),
     ("kernels/paged_attention.py", "(key % PAGE_SIZE).to(tl.int64)", "(offs_n % PAGE_SIZE).to(tl.int64)"),
     ("kernels/paged_attention.py", "(key // PAGE_SIZE).to(tl.int64) * stride_tp", "(key // PAGE_SIZE)"),
