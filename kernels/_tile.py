@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from kernels import INTERPRETED
+from labkit import splits
 
 # Triton decides at import time whether its own library is interpreted: a switch set later would mix both modes.
 if isinstance(tl.cdiv, triton.runtime.JITFunction) == INTERPRETED:
@@ -38,6 +39,13 @@ def device_properties() -> dict:
 @functools.cache
 def _properties_of(device: int) -> dict:
     return triton.runtime.driver.active.utils.get_device_properties(device)
+
+
+def splits_or_default(num_splits: int | None, num_tiles: int, max_kv_len: int, head_dim: int) -> int:
+    """num_splits, or where it is None the rule's choice for num_tiles programs a split on the current device."""
+    if num_splits is None:
+        return splits.choose(num_tiles, device_properties()["multiprocessor_count"], max_kv_len, head_dim)
+    return num_splits
 
 
 def block_dim(head_dim: int) -> int:

@@ -10,16 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._tile import (
-    LN2,
-    LOG2E,
-    attend_tile,
-    block_dim,
-    cast,
-    device_properties,
-    finish,
-)
-from labkit import args, splits
+from kernels._tile import LN2, LOG2E, attend_tile, block_dim, cast, device_properties, finish, splits_or_default
+from labkit import args
 
 
 @triton.jit
@@ -80,6 +72,24 @@ def attend_split(
 
 
 @triton.jit
+def store_split(
+    o, lse,  # [BLOCK_H, BLOCK_D], [BLOCK_H]
+    o_ptr, stride_ob, stride_oh, stride_os, stride_od,  # [B, Hq, S, D] out
+    lse_ptr, stride_lb, stride_lh, stride_ls,  # [B, Hq, S] out
+    pid_b, pid_h, pid_s, group,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Store what one split made of a tile of `group` query heads."""
+    offs_h = tl.arange(0, BLOCK_H)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    mask_h = offs_h < group
+    head = pid_h * group + offs_h
+    o_ptrs = o_ptr + pid_b * stride_ob + head[:, None] * stride_oh + pid_s * stride_os + offs_d[None, :] * stride_od
+    tl.store(o_ptrs, cast(o, o_ptr.dtype.element_ty), mask=mask_h[:, None] & (offs_d < HEAD_DIM)[None, :])
+    tl.store(lse_ptr + pid_b * stride_lb + head * stride_lh + pid_s * stride_ls, lse, mask=mask_h)
+
+
+@triton.jit
 def _merge_head(
     part_o_ptr, stride_ps, stride_pd,  # [S, D] of one head
     part_lse_ptr, stride_ls,  # [S]
@@ -129,14 +139,10 @@ def split_kernel(
         v_ptr, stride_vb, stride_vn, stride_vh, stride_vd, kv_lens_ptr, max_kv_len,
         pid_b, pid_h, pid_s, num_splits, group, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N, TILES,
     )  # fmt: skip
-    offs_h = tl.arange(0, BLOCK_H)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-    mask_h = offs_h < group
-    mask_o = mask_h[:, None] & (offs_d < HEAD_DIM)[None, :]
-    head = pid_h * group + offs_h
-    o_ptrs = o_ptr + pid_b * stride_ob + head[:, None] * stride_oh + pid_s * stride_os + offs_d[None, :] * stride_od
-    tl.store(o_ptrs, cast(o, o_ptr.dtype.element_ty), mask=mask_o)
-    tl.store(lse_ptr + pid_b * stride_lb + head * stride_lh + pid_s * stride_ls, lse, mask=mask_h)
+    store_split(
+        o, lse, o_ptr, stride_ob, stride_oh, stride_os, stride_od, lse_ptr, stride_lb, stride_lh, stride_ls,
+        pid_b, pid_h, pid_s, group, HEAD_DIM, BLOCK_D, BLOCK_H,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -185,18 +191,16 @@ def _one_launch_kernel(
         v_ptr, stride_vb, stride_vn, stride_vh, stride_vd, kv_lens_ptr, max_kv_len,
         pid_b, pid_h, pid_s, num_splits, group, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N, TILES,
     )  # fmt: skip
-    offs_h = tl.arange(0, BLOCK_H)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-    mask_h = offs_h < group
-    head = pid_h * group + offs_h
-    part_ptrs = part_o_ptr + pid_b * stride_pb + pid_s * stride_ps + offs_d[None, :] * stride_pd
-    tl.store(part_ptrs + head[:, None] * stride_ph, o, mask=mask_h[:, None] & (offs_d < HEAD_DIM)[None, :])
-    tl.store(part_lse_ptr + pid_b * stride_plb + head * stride_plh + pid_s * stride_pls, lse, mask=mask_h)
+    store_split(
+        o, lse, part_o_ptr, stride_pb, stride_ph, stride_ps, stride_pd,
+        part_lse_ptr, stride_plb, stride_plh, stride_pls, pid_b, pid_h, pid_s, group, HEAD_DIM, BLOCK_D, BLOCK_H,
+    )  # fmt: skip
 
     # All threads of this program must have stored before one of them announces it (Triton 3.6 adds no barrier here).
     tl.debug_barrier()
     arrived = arrived_ptr + pid_b * tl.num_programs(1) + pid_h
     if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
+        offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
         for i in range(group):
             one = pid_h * group + i
             o_one, lse_one = _merge_head(
@@ -299,9 +303,7 @@ def flash_decoding(q, k, v, kv_lens, *, num_splits=None, sm_scale=None, one_laun
     lse = torch.empty(batch, num_q_heads, dtype=torch.float32, device=q.device)
     if batch == 0:
         return o, lse
-    if num_splits is None:
-        num_sms = device_properties()["multiprocessor_count"]
-        num_splits = splits.choose(batch * num_kv_heads, num_sms, max_kv_len, head_dim)
+    num_splits = splits_or_default(num_splits, batch * num_kv_heads, max_kv_len, head_dim)
     group = num_q_heads // num_kv_heads
     tiles = tiles_per_group(head_dim, group)
     group //= tiles

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from kernels import INTERPRETED
-from kernels._tile import LOG2E, block_dim, cast, device_properties, dot
+from kernels._tile import LOG2E, block_dim, cast, device_properties, dot, splits_or_default
 from kernels.flash_decoding import MERGE_BLOCK, arrival_counters, attend_split, split_config, tiles_per_group
-from labkit import args, splits
+from labkit import args
 
 
 @triton.jit
@@ -260,9 +260,7 @@ def unified_decoding(
     recomputed = torch.empty(batch, num_q_heads, dtype=torch.bool, device=q.device)
     if batch == 0:
         return o, recomputed
-    if num_splits is None:
-        num_sms = device_properties()["multiprocessor_count"]
-        num_splits = splits.choose(batch * num_kv_heads, num_sms, max_kv_len, head_dim)
+    num_splits = splits_or_default(num_splits, batch * num_kv_heads, max_kv_len, head_dim)
     low, high = args.EXP_LIMITS[torch.float16]
     p_fp32 = q.dtype == torch.float16 and not synchronised and (bound_a < low or bound_b > high)
     group = num_q_heads // num_kv_heads

@@ -9,20 +9,14 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._tile import (
-    LOG2E,
-    attend_tile,
-    block_dim,
-    cast,
-    device_properties,
-    finish,
-)
+from kernels._tile import LOG2E, attend_tile, block_dim, finish, splits_or_default
 from kernels.flash_decoding import (  # flash_decoding: timed beside paged_decoding, under this topic's name
     flash_decoding,  # noqa: F401
     split_config,
     split_outputs,
+    store_split,
 )
-from labkit import args, splits
+from labkit import args
 
 
 @triton.jit
@@ -91,9 +85,10 @@ def _paged_split_kernel(
         m, l, acc = attend_tile(q, k, v, mask_n[None, :], m, l, acc, qk_scale, True)
     o, lse = finish(m, l, acc)
 
-    o_ptrs = o_ptr + pid_b * stride_ob + head[:, None] * stride_oh + pid_s * stride_os + offs_d[None, :] * stride_od
-    tl.store(o_ptrs, cast(o, o_ptr.dtype.element_ty), mask=mask_h[:, None] & mask_d[None, :])
-    tl.store(lse_ptr + pid_b * stride_lb + head * stride_lh + pid_s * stride_ls, lse, mask=mask_h)
+    store_split(
+        o, lse, o_ptr, stride_ob, stride_oh, stride_os, stride_od, lse_ptr, stride_lb, stride_lh, stride_ls,
+        pid_b, pid_h, pid_s, group, HEAD_DIM, BLOCK_D, BLOCK_H,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -148,9 +143,7 @@ def paged_decoding(
     if batch == 0:
         return o, lse
     max_kv_len = max_pages * page_size
-    if num_splits is None:
-        num_sms = device_properties()["multiprocessor_count"]
-        num_splits = splits.choose(batch * num_kv_heads, num_sms, max_kv_len, head_dim)
+    num_splits = splits_or_default(num_splits, batch * num_kv_heads, max_kv_len, head_dim)
     group = num_q_heads // num_kv_heads
     config = split_config(q.dtype, head_dim, group)
     if q.dtype == torch.float32:  # multiplied without the matrix unit: with fewer threads the tile spills

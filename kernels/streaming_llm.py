@@ -9,14 +9,15 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._tile import LOG2E, block_dim, cast, device_properties, dot, finish, softmax_step
+from kernels._tile import LOG2E, block_dim, cast, device_properties, dot, finish, softmax_step, splits_or_default
 from kernels.flash_decoding import (  # flash_decoding: timed beside sink_decoding, under this topic's name
     flash_decoding,  # noqa: F401
     split_config,
     split_outputs,
+    store_split,
     tiles_per_group,
 )
-from labkit import args, splits
+from labkit import args
 
 
 @triton.jit
@@ -105,9 +106,10 @@ def _sink_split_kernel(
         acc = acc * alpha[:, None] + dot(cast(p, v.dtype), v)
     o, lse = finish(m, l, acc)
 
-    o_ptrs = o_ptr + pid_b * stride_ob + head[:, None] * stride_oh + pid_s * stride_os + offs_d[None, :] * stride_od
-    tl.store(o_ptrs, cast(o, o_ptr.dtype.element_ty), mask=mask_h[:, None] & mask_d[None, :])
-    tl.store(lse_ptr + pid_b * stride_lb + head * stride_lh + pid_s * stride_ls, lse, mask=mask_h)
+    store_split(
+        o, lse, o_ptr, stride_ob, stride_oh, stride_os, stride_od, lse_ptr, stride_lb, stride_lh, stride_ls,
+        pid_b, pid_h, pid_s, group, HEAD_DIM, BLOCK_D, BLOCK_H,
+    )  # fmt: skip
 
 
 def sink_config(dtype: torch.dtype, head_dim: int, group: int) -> dict:
@@ -146,9 +148,7 @@ def sink_decoding(
     lse = torch.empty(batch, num_q_heads, dtype=torch.float32, device=q.device)
     if batch == 0:
         return o, lse
-    if num_splits is None:
-        num_sms = device_properties()["multiprocessor_count"]
-        num_splits = splits.choose(batch * num_kv_heads, num_sms, num_sinks + window, head_dim)
+    num_splits = splits_or_default(num_splits, batch * num_kv_heads, num_sinks + window, head_dim)
     group = num_q_heads // num_kv_heads
     tiles = tiles_per_group(head_dim, group)
     group //= tiles
