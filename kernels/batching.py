@@ -81,8 +81,8 @@ def _ragged_kernel(
         mask_n = key < tl.where((page >= 0) & (page < num_pages), end, 0)  # one page may stand for all keys
         mask_kv = mask_n[:, None] & mask_d[None, :]
         page, offset = page.to(tl.int64), (key % PAGE_SIZE).to(tl.int64)  # a cache may hold more than 2^31 elements
-        k = tl.load(k_ptrs + (page * stride_kp + offset * stride_kn)[:, None], mask=mask_kv, other=0.0)
-        v = tl.load(v_ptrs + (page * stride_vp + offset * stride_vn)[:, None], mask=mask_kv, other=0.0)
+        k = tl.load(k_ptrs + (offset * stride_kn + page * stride_kp)[:, None], mask=mask_kv, other=0.0)
+        v = tl.load(v_ptrs + (offset * stride_vn + page * stride_vp)[:, None], mask=mask_kv, other=0.0)
         keep = mask_n[None, :] & (key[None, :] <= position[:, None])
         m, l, acc = attend_tile(q, k, v, keep, m, l, acc, qk_scale, True)
     o, _ = finish(m, l, acc)

@@ -300,7 +300,7 @@ def _gemv_kernel(
     """BLOCK_N outputs of BLOCK_M tokens, multiplied and added in fp32 without the matrix unit."""
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)
     mask_n, mask_m = (offs_n < n)[:, None], (offs_m < m)[:, None]
     w_ptr += offs_n[:, None] * stride_wn
     x_ptr += offs_m[:, None] * stride_xm
@@ -308,7 +308,7 @@ def _gemv_kernel(
     # A loop without a dot is pipelined only by tl.range: STAGES - 1 tiles of w are on their way.
     for first in tl.range(0, k, BLOCK_K, num_stages=STAGES):
         mask_k = (offs_k < k - first)[None, :]
-        cols = (first + offs_k)[None, :]  # 64-bit: a column of a transposed w is N elements away from the next
+        cols = (first + offs_k).to(tl.int64)[None, :]  # a transposed w has its columns N elements apart
         w = tl.load(w_ptr + cols * stride_wk, mask=mask_n & mask_k, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + cols * stride_xk, mask=mask_m & mask_k, other=0.0).to(tl.float32)
         acc += x[:, None, :] * w[None, :, :]

@@ -251,7 +251,7 @@ def _gate_up_kernel(
     """
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)
     mask_n, mask_m = (offs_n < n)[:, None], (offs_m < m)[:, None]
     gate_ptr += offs_n[:, None] * stride_gn
     up_ptr += offs_n[:, None] * stride_un
@@ -261,7 +261,7 @@ def _gate_up_kernel(
     square = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for first in tl.range(0, k, BLOCK_K, num_stages=STAGES):
         mask_k = (offs_k < k - first)[None, :]
-        cols = (first + offs_k)[None, :]
+        cols = (first + offs_k).to(tl.int64)[None, :]
         gate = tl.load(gate_ptr + cols * stride_gk, mask=mask_n & mask_k, other=0.0).to(tl.float32)
         up = tl.load(up_ptr + cols * stride_uk, mask=mask_n & mask_k, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + cols * stride_xk, mask=mask_m & mask_k, other=0.0).to(tl.float32)
