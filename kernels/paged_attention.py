@@ -15,6 +15,7 @@ from kernels.flash_decoding import (  # flash_decoding: timed beside paged_decod
     split_config,
     split_outputs,
     store_split,
+    tiles_per_group,
 )
 from labkit import args
 
@@ -43,7 +44,7 @@ def _paged_split_kernel(
     lse_ptr, stride_lb, stride_lh, stride_ls,  # [B, Hq, S] out
     num_pages, max_kv_len, num_splits, group, qk_scale,
     PAGE_SIZE: tl.constexpr, READ_AHEAD: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     pid_s = tl.program_id(0)
     pid_h = tl.program_id(1).to(tl.int64)
@@ -64,8 +65,8 @@ def _paged_split_kernel(
     end = tl.minimum(start + split_len, kv_len)
 
     table_ptr += pid_b * stride_tb
-    k_ptrs = k_ptr + pid_h * stride_kh + offs_d[None, :] * stride_kd
-    v_ptrs = v_ptr + pid_h * stride_vh + offs_d[None, :] * stride_vd
+    k_ptrs = k_ptr + pid_h // TILES * stride_kh + offs_d[None, :] * stride_kd
+    v_ptrs = v_ptr + pid_h // TILES * stride_vh + offs_d[None, :] * stride_vd
     m = tl.full([BLOCK_H], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
@@ -145,15 +146,16 @@ def paged_decoding(
     max_kv_len = max_pages * page_size
     num_splits = splits_or_default(num_splits, batch * num_kv_heads, max_kv_len, head_dim)
     group = num_q_heads // num_kv_heads
-    config = split_config(q.dtype, head_dim, group)
-    if q.dtype == torch.float32:  # multiplied without the matrix unit: with fewer threads the tile spills
-        config["num_warps"] = 8
+    # Exact fp32 products are made without the matrix unit and need many registers: at most 32 wide heads a tile.
+    tiles = tiles_per_group(args.MAX_HEAD_DIM, group) if q.dtype == torch.float32 and head_dim > 64 else 1
+    group //= tiles
     outputs, merge_splits = split_outputs(o, lse, num_splits)
-    _paged_split_kernel[(num_splits, num_kv_heads, batch)](
+    _paged_split_kernel[(num_splits, num_kv_heads * tiles, batch)](
         q, *q.stride(), k_pages, *k_pages.stride(), v_pages, *v_pages.stride(), block_table, *block_table.stride(),
         kv_lens.contiguous(), *outputs,
         num_pages, max_kv_len, num_splits, group, args.scale(sm_scale, head_dim) * LOG2E.value,
-        PAGE_SIZE=page_size, READ_AHEAD=read_ahead, HEAD_DIM=head_dim, **config,
+        PAGE_SIZE=page_size, READ_AHEAD=read_ahead, HEAD_DIM=head_dim, TILES=tiles,
+        **split_config(q.dtype, head_dim, group),
     )  # fmt: skip
     merge_splits()
     return o, lse

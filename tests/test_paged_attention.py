@@ -406,6 +406,7 @@ PAGED_CASES += [
     (DecodeCase("a page is a tile and a half", (190,), 2, 1, dtype=F16, num_splits=1), 96),
     (DecodeCase("a tile spans four pages", (129, 70), dtype=BF16, num_splits=1), 16),
     (DecodeCase("strided, small pages", (70, 3), dtype=F16, strided=True, num_splits=2), 5),
+    (DecodeCase("fp32, group 64, wide heads", (33,), 128, 2, head_dim=80, dtype=F32, num_splits=2), 16),
     (DecodeCase("strided, large pages", (130, 128), dtype=F32, strided=True, num_splits=2), 32),
 ]
 
@@ -786,6 +787,7 @@ PLANTED_BUGS = [
     ("kernels/paged_attention.py", "(key % PAGE_SIZE).to(tl.int64)", "(offs_n % PAGE_SIZE).to(tl.int64)"),
     ("kernels/paged_attention.py", "(key // PAGE_SIZE).to(tl.int64) * stride_tp", "(key // PAGE_SIZE)"),
     ("kernels/paged_attention.py", "table_ptr += pid_b * stride_tb", "table_ptr += 0"),
+    ("kernels/paged_attention.py", "pid_h // TILES * stride_vh", "pid_h * stride_vh"),
     ("kernels/paged_attention.py", "(page * stride_vp + offset * stride_vn)", "(page * stride_kp + offset * stride_vn + 1)"),
     ("kernels/paged_attention.py", "tl.load(kv_lens_ptr + pid_b), 0), max_kv_len)", "tl.load(kv_lens_ptr + pid_b), 0), max_kv_len + 1000)"),
     ("kernels/paged_attention.py", "mask_n[None, :], m, l, acc, qk_scale, True)", "mask_n[None, :], m, l, acc, qk_scale, False)"),
