@@ -237,18 +237,19 @@ MERGE_BLOCK = 16  # splits merged at a time
 _arrived: dict[tuple, torch.Tensor] = {}
 
 
-def arrival_counters(q: torch.Tensor, count: int) -> torch.Tensor:
-    """Zeroed counters for the one-launch kernel, kept per device and stream since every launch leaves them at zero.
+def arrival_counters(like: torch.Tensor, count: int) -> torch.Tensor:
+    """Zeroed int32 counters [count or more] on like's device, for programs that share a tile: the last one finishes it.
 
-    A captured graph remembers their address: those of one size are never freed, a larger call gets others.
+    Kept per device and stream, since every launch leaves them at zero. A captured graph remembers
+    their address: those of one size are never freed, a larger call gets others.
     """
-    stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
+    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
     size = max(1024, triton.next_power_of_2(count))
-    counters = _arrived.get((q.device, stream, size))
+    counters = _arrived.get((like.device, stream, size))
     if counters is None:
-        counters = torch.zeros(size, dtype=torch.int32, device=q.device)
-        if not (q.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph's memory must not outlive it
-            _arrived[q.device, stream, size] = counters
+        counters = torch.zeros(size, dtype=torch.int32, device=like.device)
+        if not (like.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph's memory must not outlive it
+            _arrived[like.device, stream, size] = counters
     return counters
 
 
@@ -280,7 +281,7 @@ def merge(part_o, part_lse):
     """
     batch, num_q_heads, _, head_dim = args.merge(part_o, part_lse)
     o, lse = part_o.new_empty(batch, num_q_heads, head_dim), part_lse.new_empty(batch, num_q_heads)
-    if o.numel():
+    if lse.numel():
         _launch_merge(part_o, part_lse, o, lse)
     return o, lse
 

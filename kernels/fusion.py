@@ -272,7 +272,7 @@ def _gate_up_kernel(
         up_acc += x[:, None, :] * up[None, :, :]
     gate, up = tl.sum(gate_acc, 2), tl.sum(up_acc, 2)  # [BLOCK_M, BLOCK_N]
     if NORMED:
-        rstd = tl.rsqrt(tl.sum(square, 1) / k + eps)[:, None]
+        rstd = tl.rsqrt(tl.sum(square, 1) / tl.maximum(k, 1) + eps)[:, None]  # k 0: the sums are 0, not NaN
         gate, up = gate * rstd, up * rstd
     y_ptrs = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :]
     tl.store(y_ptrs, cast(gate * tl.sigmoid(gate) * up, y_ptr.dtype.element_ty), mask=mask_m & (offs_n < n)[None, :])

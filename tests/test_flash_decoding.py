@@ -77,6 +77,13 @@ def test_merge(num_splits, device):
     assert_matches(fd.merge(strided, part_lse), ref.merge, part_o, part_lse)
 
 
+def test_merge_of_nothing_but_sums(device, monkeypatch):
+    """Heads without numbers still have a sum."""
+    nan_in_fresh_memory(monkeypatch)
+    part_o, part_lse = torch.zeros(1, 2, 3, 0, device=device), torch.zeros(1, 2, 3, device=device)
+    assert_matches(fd.merge(part_o, part_lse)[1], lambda lse: ref.merge(part_o.to(lse.dtype), lse)[1], part_lse)
+
+
 def test_merge_of_splits_that_lie_far_apart(device):
     rng = np.random.default_rng(0)
     part_o, part_lse = randn(rng, 2, 3, 17, 8, device=device), randn(rng, 2, 3, 17, device=device)

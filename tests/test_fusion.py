@@ -263,7 +263,7 @@ def test_rope_write_kv(case, device):
 
 @pytest.mark.parametrize("m, n, k, dtype, normed, strided", [
     ((1,), 7, 130, BF16, True, False), ((2, 3), 5, 64, F16, False, False), ((5,), 3, 2100, F32, True, True), ((4,), 4, 33, BF16, True, True),
-    ((1,), 1, 1, F32, True, False), ((0,), 4, 8, F32, True, False), ((2,), 0, 8, F32, False, False),
+    ((1,), 1, 1, F32, True, False), ((0,), 4, 8, F32, True, False), ((2,), 0, 8, F32, False, False), ((2,), 3, 0, F32, True, False),
 ], ids=str)  # fmt: skip
 def test_gate_up_swiglu(m, n, k, dtype, normed, strided, device):
     x, gate, up, norm = tensors(device, dtype, (*m, k), (n, k), (n, k), (k,), strided=strided)
