@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from kernels import INTERPRETED
+from labkit import splits
 
 # Triton decides at import time whether its own library is interpreted: a switch set later would mix both modes.
 if isinstance(tl.cdiv, triton.runtime.JITFunction) == INTERPRETED:
@@ -25,7 +26,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@functools.cache
 def device_properties() -> dict:
     """"multiprocessor_count" and "max_shared_mem" (bytes a block) of the current device.
 
@@ -33,8 +33,19 @@ def device_properties() -> dict:
     """
     if INTERPRETED:
         return {"multiprocessor_count": 132, "max_shared_mem": 232_448}
-    driver = triton.runtime.driver.active
-    return driver.utils.get_device_properties(driver.get_current_device())
+    return _properties_of(triton.runtime.driver.active.get_current_device())
+
+
+@functools.cache
+def _properties_of(device: int) -> dict:
+    return triton.runtime.driver.active.utils.get_device_properties(device)
+
+
+def splits_or_default(num_splits: int | None, num_tiles: int, max_kv_len: int, head_dim: int) -> int:
+    """num_splits, or where it is None the rule's choice for num_tiles programs a split on the current device."""
+    if num_splits is None:
+        return splits.choose(num_tiles, device_properties()["multiprocessor_count"], max_kv_len, head_dim)
+    return num_splits
 
 
 def block_dim(head_dim: int) -> int:

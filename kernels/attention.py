@@ -21,7 +21,7 @@ def _walk(
 ):  # fmt: skip
     """Attend to the keys [start, end); start is a multiple of BLOCK_N. Without MASKED every query sees all of them."""
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask_d = (offs_d < HEAD_DIM)[None, :]
     for first in range(start, end, BLOCK_N):
         key = first + offs_n
@@ -66,7 +66,7 @@ def _attention_kernel(
         kv_len = tl.minimum(tl.maximum(tl.load(kv_lens_ptr + pid_b), 0), max_kv_len)
 
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask_q = (row < q_len)[:, None] & (offs_d < HEAD_DIM)[None, :]
     rows = row.to(tl.int64)[:, None]
     q_ptrs = q_ptr + pid_b * stride_qb + rows * stride_qt + head * stride_qh + offs_d[None, :] * stride_qd

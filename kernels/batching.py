@@ -11,8 +11,8 @@ import triton.language as tl
 
 from kernels._tile import LOG2E, attend_tile, cast, finish
 from kernels.attention import attention_config
-from kernels.flash_decoding import split_config
-from kernels.paged_attention import _pages_of_tile
+from kernels.flash_decoding import split_config, tiles_per_group
+from kernels.paged_attention import pages_of_tile
 from labkit import args
 
 
@@ -42,7 +42,7 @@ def _ragged_kernel(
     q_starts_ptr, kv_lens_ptr,  # [B + 1], [B]
     o_ptr, stride_ot, stride_oh, stride_od,  # [N, Hq, D] out
     num_tokens, batch, steps, num_pages, max_kv_len, group, qk_scale,
-    PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     pid_h = tl.program_id(1).to(tl.int64)
@@ -55,7 +55,7 @@ def _ragged_kernel(
     # Rows of the tile: BLOCK_Q queries times the heads of a group, GROUP being the next power of two.
     offs_m = tl.arange(0, BLOCK_Q * GROUP)
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     query = tile * BLOCK_Q + offs_m // GROUP
     head = pid_h * group + offs_m % GROUP
     mask_d = offs_d < HEAD_DIM
@@ -68,21 +68,21 @@ def _ragged_kernel(
     last = tl.minimum(tile * BLOCK_Q + BLOCK_Q, q_len) + kv_len - q_len
     end = tl.maximum(last, 0)  # no query of this tile sees a key from here on
     table_ptr += pid_b.to(tl.int64) * stride_tb
-    k_ptrs = k_ptr + pid_h * stride_kh + offs_d[None, :] * stride_kd
-    v_ptrs = v_ptr + pid_h * stride_vh + offs_d[None, :] * stride_vd
+    k_ptrs = k_ptr + pid_h // TILES * stride_kh + offs_d[None, :] * stride_kd
+    v_ptrs = v_ptr + pid_h // TILES * stride_vh + offs_d[None, :] * stride_vd
     m = tl.full([BLOCK_Q * GROUP], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_Q * GROUP], tl.float32)
     acc = tl.zeros([BLOCK_Q * GROUP, BLOCK_D], tl.float32)
-    next_page = _pages_of_tile(table_ptr, stride_tp, 0, end, PAGE_SIZE, BLOCK_N)
+    next_page = pages_of_tile(table_ptr, stride_tp, 0, end, PAGE_SIZE, BLOCK_N)
     for first in range(0, end, BLOCK_N):
         page = next_page
-        next_page = _pages_of_tile(table_ptr, stride_tp, first + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
+        next_page = pages_of_tile(table_ptr, stride_tp, first + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
         key = first + offs_n
         mask_n = key < tl.where((page >= 0) & (page < num_pages), end, 0)  # one page may stand for all keys
         mask_kv = mask_n[:, None] & mask_d[None, :]
-        page, offset = page.to(tl.int64), key % PAGE_SIZE  # a cache may hold more than 2^31 elements
-        k = tl.load(k_ptrs + (page * stride_kp + offset * stride_kn)[:, None], mask=mask_kv, other=0.0)
-        v = tl.load(v_ptrs + (page * stride_vp + offset * stride_vn)[:, None], mask=mask_kv, other=0.0)
+        page, offset = page.to(tl.int64), (key % PAGE_SIZE).to(tl.int64)  # a cache may hold more than 2^31 elements
+        k = tl.load(k_ptrs + (offset * stride_kn + page * stride_kp)[:, None], mask=mask_kv, other=0.0)
+        v = tl.load(v_ptrs + (offset * stride_vn + page * stride_vp)[:, None], mask=mask_kv, other=0.0)
         keep = mask_n[None, :] & (key[None, :] <= position[:, None])
         m, l, acc = attend_tile(q, k, v, keep, m, l, acc, qk_scale, True)
     o, _ = finish(m, l, acc)
@@ -91,8 +91,11 @@ def _ragged_kernel(
 
 
 def ragged_config(dtype: torch.dtype, head_dim: int, group: int, page_size: int, only_decodes: bool) -> dict:
-    """Tile sizes and launch options: those of prefill, or of decoding if no chunk is longer than one token."""
-    if only_decodes:
+    """Tile sizes and launch options: those of prefill, or of decoding if no chunk is longer than one token.
+
+    group: query heads of a KV head in one tile.
+    """
+    if only_decodes and (dtype != torch.float32 or group <= 16):  # of fp32, more heads fill a tile of prefill as well
         config = split_config(dtype, head_dim, group)
         rows = config.pop("BLOCK_H")
     else:
@@ -129,12 +132,15 @@ def ragged_attention(q, k_pages, v_pages, block_table, q_starts, kv_lens, *, sm_
     if batch == 0 or o.numel() == 0:
         return o
     num_tokens, group, page_size = len(q), num_q_heads // num_kv_heads, k_pages.shape[1]
+    # Exact fp32 products are made without the matrix unit and need many registers: at most 32 heads a tile.
+    tiles = tiles_per_group(args.MAX_HEAD_DIM, group) if q.dtype == torch.float32 else 1
+    group //= tiles
     config = ragged_config(q.dtype, head_dim, group, page_size, only_decodes=num_tokens <= batch)
     # No tile count is needed from the device: partial tiles are at most one a sequence.
-    _ragged_kernel[(num_tokens // config["BLOCK_Q"] + batch, num_kv_heads)](
+    _ragged_kernel[(num_tokens // config["BLOCK_Q"] + batch, num_kv_heads * tiles)](
         q, *q.stride(), k_pages, *k_pages.stride(), v_pages, *v_pages.stride(), block_table, *block_table.stride(),
         q_starts.contiguous(), kv_lens.contiguous(), o, *o.stride(),
         num_tokens, batch, batch.bit_length(), len(k_pages), max_pages * page_size, group,
-        args.scale(sm_scale, head_dim) * LOG2E.value, PAGE_SIZE=page_size, HEAD_DIM=head_dim, **config,
+        args.scale(sm_scale, head_dim) * LOG2E.value, PAGE_SIZE=page_size, HEAD_DIM=head_dim, TILES=tiles, **config,
     )  # fmt: skip
     return o

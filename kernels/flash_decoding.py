@@ -10,20 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._tile import (
-    LN2,
-    LOG2E,
-    attend_tile,
-    block_dim,
-    cast,
-    device_properties,
-    finish,
-)
-from labkit import args, splits
+from kernels._tile import LN2, LOG2E, attend_tile, block_dim, cast, device_properties, finish, splits_or_default
+from labkit import args
 
 
 @triton.jit
-def _attend_split(
+def attend_split(
     q_ptr, stride_qb, stride_qh, stride_qd,  # [B, Hq, D]
     k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,  # [B, L, Hkv, D]
     v_ptr, stride_vb, stride_vn, stride_vh, stride_vd,  # [B, L, Hkv, D]
@@ -38,7 +30,7 @@ def _attend_split(
     """
     offs_h = tl.arange(0, BLOCK_H)
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask_d = offs_d < HEAD_DIM
     mask_q = (offs_h[:, None] < group) & mask_d[None, :]
     q_ptrs = q_ptr + pid_b * stride_qb + (pid_h * group + offs_h[:, None]) * stride_qh + offs_d[None, :] * stride_qd
@@ -80,6 +72,24 @@ def _attend_split(
 
 
 @triton.jit
+def store_split(
+    o, lse,  # [BLOCK_H, BLOCK_D], [BLOCK_H]
+    o_ptr, stride_ob, stride_oh, stride_os, stride_od,  # [B, Hq, S, D] out
+    lse_ptr, stride_lb, stride_lh, stride_ls,  # [B, Hq, S] out
+    pid_b, pid_h, pid_s, group,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Store what one split made of a tile of `group` query heads."""
+    offs_h = tl.arange(0, BLOCK_H)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    mask_h = offs_h < group
+    head = pid_h * group + offs_h
+    o_ptrs = o_ptr + pid_b * stride_ob + head[:, None] * stride_oh + pid_s * stride_os + offs_d[None, :] * stride_od
+    tl.store(o_ptrs, cast(o, o_ptr.dtype.element_ty), mask=mask_h[:, None] & (offs_d < HEAD_DIM)[None, :])
+    tl.store(lse_ptr + pid_b * stride_lb + head * stride_lh + pid_s * stride_ls, lse, mask=mask_h)
+
+
+@triton.jit
 def _merge_head(
     part_o_ptr, stride_ps, stride_pd,  # [S, D] of one head
     part_lse_ptr, stride_ls,  # [S]
@@ -87,8 +97,8 @@ def _merge_head(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one head: o [BLOCK_D], lse. BLOCK_S of them at a time, with an online softmax over splits."""
-    offs_s = tl.arange(0, BLOCK_S)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_s = tl.arange(0, BLOCK_S).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     m = tl.full([1], float("-inf"), tl.float32)
     l = tl.zeros([1], tl.float32)
     acc = tl.zeros([BLOCK_D], tl.float32)
@@ -111,7 +121,7 @@ def _merge_head(
 
 
 @triton.jit
-def _split_kernel(
+def split_kernel(
     q_ptr, stride_qb, stride_qh, stride_qd,  # [B, Hq, D]
     k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,  # [B, L, Hkv, D]
     v_ptr, stride_vb, stride_vn, stride_vh, stride_vd,  # [B, L, Hkv, D]
@@ -124,19 +134,15 @@ def _split_kernel(
     pid_s = tl.program_id(0)
     pid_h = tl.program_id(1).to(tl.int64)
     pid_b = tl.program_id(2).to(tl.int64)
-    o, lse = _attend_split(
+    o, lse = attend_split(
         q_ptr, stride_qb, stride_qh, stride_qd, k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,
         v_ptr, stride_vb, stride_vn, stride_vh, stride_vd, kv_lens_ptr, max_kv_len,
         pid_b, pid_h, pid_s, num_splits, group, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N, TILES,
     )  # fmt: skip
-    offs_h = tl.arange(0, BLOCK_H)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_h = offs_h < group
-    mask_o = mask_h[:, None] & (offs_d < HEAD_DIM)[None, :]
-    head = pid_h * group + offs_h
-    o_ptrs = o_ptr + pid_b * stride_ob + head[:, None] * stride_oh + pid_s * stride_os + offs_d[None, :] * stride_od
-    tl.store(o_ptrs, cast(o, o_ptr.dtype.element_ty), mask=mask_o)
-    tl.store(lse_ptr + pid_b * stride_lb + head * stride_lh + pid_s * stride_ls, lse, mask=mask_h)
+    store_split(
+        o, lse, o_ptr, stride_ob, stride_oh, stride_os, stride_od, lse_ptr, stride_lb, stride_lh, stride_ls,
+        pid_b, pid_h, pid_s, group, HEAD_DIM, BLOCK_D, BLOCK_H,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -155,7 +161,7 @@ def _merge_kernel(
         part_lse_ptr + pid_b * stride_plb + head * stride_plh, stride_pls,
         num_splits, HEAD_DIM, BLOCK_D, BLOCK_S,
     )  # fmt: skip
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     o_ptrs = o_ptr + pid_b * stride_ob + head * stride_oh + offs_d * stride_od
     tl.store(o_ptrs, cast(o, o_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
     tl.store(lse_ptr + pid_b * stride_lb + head * stride_lh + tl.arange(0, 1), lse)
@@ -180,23 +186,21 @@ def _one_launch_kernel(
     pid_s = tl.program_id(0)
     pid_h = tl.program_id(1).to(tl.int64)
     pid_b = tl.program_id(2).to(tl.int64)
-    o, lse = _attend_split(
+    o, lse = attend_split(
         q_ptr, stride_qb, stride_qh, stride_qd, k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,
         v_ptr, stride_vb, stride_vn, stride_vh, stride_vd, kv_lens_ptr, max_kv_len,
         pid_b, pid_h, pid_s, num_splits, group, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N, TILES,
     )  # fmt: skip
-    offs_h = tl.arange(0, BLOCK_H)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_h = offs_h < group
-    head = pid_h * group + offs_h
-    part_ptrs = part_o_ptr + pid_b * stride_pb + pid_s * stride_ps + offs_d[None, :] * stride_pd
-    tl.store(part_ptrs + head[:, None] * stride_ph, o, mask=mask_h[:, None] & (offs_d < HEAD_DIM)[None, :])
-    tl.store(part_lse_ptr + pid_b * stride_plb + head * stride_plh + pid_s * stride_pls, lse, mask=mask_h)
+    store_split(
+        o, lse, part_o_ptr, stride_pb, stride_ph, stride_ps, stride_pd,
+        part_lse_ptr, stride_plb, stride_plh, stride_pls, pid_b, pid_h, pid_s, group, HEAD_DIM, BLOCK_D, BLOCK_H,
+    )  # fmt: skip
 
     # All threads of this program must have stored before one of them announces it (Triton 3.6 adds no barrier here).
     tl.debug_barrier()
     arrived = arrived_ptr + pid_b * tl.num_programs(1) + pid_h
     if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
+        offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
         for i in range(group):
             one = pid_h * group + i
             o_one, lse_one = _merge_head(
@@ -233,18 +237,19 @@ MERGE_BLOCK = 16  # splits merged at a time
 _arrived: dict[tuple, torch.Tensor] = {}
 
 
-def _arrival_counters(q: torch.Tensor, count: int) -> torch.Tensor:
-    """Zeroed counters for the one-launch kernel, kept per device and stream since every launch leaves them at zero.
+def arrival_counters(like: torch.Tensor, count: int) -> torch.Tensor:
+    """Zeroed int32 counters [count or more] on like's device, for programs that share a tile: the last one finishes it.
 
-    A captured graph remembers their address: those of one size are never freed, a larger call gets others.
+    Kept per device and stream, since every launch leaves them at zero. A captured graph remembers
+    their address: those of one size are never freed, a larger call gets others.
     """
-    stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
+    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
     size = max(1024, triton.next_power_of_2(count))
-    counters = _arrived.get((q.device, stream, size))
+    counters = _arrived.get((like.device, stream, size))
     if counters is None:
-        counters = torch.zeros(size, dtype=torch.int32, device=q.device)
-        if not (q.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph's memory must not outlive it
-            _arrived[q.device, stream, size] = counters
+        counters = torch.zeros(size, dtype=torch.int32, device=like.device)
+        if not (like.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph's memory must not outlive it
+            _arrived[like.device, stream, size] = counters
     return counters
 
 
@@ -276,7 +281,7 @@ def merge(part_o, part_lse):
     """
     batch, num_q_heads, _, head_dim = args.merge(part_o, part_lse)
     o, lse = part_o.new_empty(batch, num_q_heads, head_dim), part_lse.new_empty(batch, num_q_heads)
-    if o.numel():
+    if lse.numel():
         _launch_merge(part_o, part_lse, o, lse)
     return o, lse
 
@@ -299,9 +304,7 @@ def flash_decoding(q, k, v, kv_lens, *, num_splits=None, sm_scale=None, one_laun
     lse = torch.empty(batch, num_q_heads, dtype=torch.float32, device=q.device)
     if batch == 0:
         return o, lse
-    if num_splits is None:
-        num_sms = device_properties()["multiprocessor_count"]
-        num_splits = splits.choose(batch * num_kv_heads, num_sms, max_kv_len, head_dim)
+    num_splits = splits_or_default(num_splits, batch * num_kv_heads, max_kv_len, head_dim)
     group = num_q_heads // num_kv_heads
     tiles = tiles_per_group(head_dim, group)
     group //= tiles
@@ -313,10 +316,10 @@ def flash_decoding(q, k, v, kv_lens, *, num_splits=None, sm_scale=None, one_laun
     if one_launch and num_splits > 1:
         _one_launch_kernel[grid](
             *inputs, *outputs, o, *o.stride(), lse, *lse.stride(),
-            _arrival_counters(q, batch * num_kv_heads * tiles), *sizes,
+            arrival_counters(q, batch * num_kv_heads * tiles), *sizes,
             HEAD_DIM=head_dim, BLOCK_S=MERGE_BLOCK, **config,
         )  # fmt: skip
     else:
-        _split_kernel[grid](*inputs, *outputs, *sizes, HEAD_DIM=head_dim, **config)
+        split_kernel[grid](*inputs, *outputs, *sizes, HEAD_DIM=head_dim, **config)
         merge_splits()
     return o, lse

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from kernels import INTERPRETED
-from kernels._tile import LOG2E, block_dim, cast, device_properties, dot
-from kernels.flash_decoding import MERGE_BLOCK, _arrival_counters, _attend_split, split_config, tiles_per_group
-from labkit import args, splits
+from kernels._tile import LOG2E, block_dim, cast, device_properties, dot, splits_or_default
+from kernels.flash_decoding import MERGE_BLOCK, arrival_counters, attend_split, split_config, tiles_per_group
+from labkit import args
 
 
 @triton.jit
@@ -54,11 +54,11 @@ def _unified_walk(
 ):  # fmt: skip
     """One tile of heads over one split: numerator [BLOCK_H, BLOCK_D]; denominator, least and largest x - phi [BLOCK_H].
 
-    Twin of `flash_decoding._attend_split`; q, the cut into splits and the two kinds of tiles are the same.
+    Twin of `flash_decoding.attend_split`; q, the cut into splits and the two kinds of tiles are the same.
     """
     offs_h = tl.arange(0, BLOCK_H)
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask_d = offs_d < HEAD_DIM
     mask_q = (offs_h[:, None] < group) & mask_d[None, :]
     q_ptrs = q_ptr + pid_b * stride_qb + (pid_h * group + offs_h[:, None]) * stride_qh + offs_d[None, :] * stride_qd
@@ -103,7 +103,7 @@ def _store_part(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, ONE_SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Store the partial result of some rows [BLOCK_H] of a group; base may be one number for all of them."""
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     head = pid_h * group + tl.arange(0, BLOCK_H)
     if ONE_SPLIT:  # nothing to merge: num is the output
         num = num / tl.where(den == 0.0, 1.0, den)[:, None]
@@ -148,7 +148,7 @@ def _unified_split_kernel(
             num, den, phi, mask_h & ~again, pid_b, pid_h, pid_s, group, HEAD_DIM, BLOCK_D, BLOCK_H, ONE_SPLIT,
         )  # fmt: skip
     if SYNCHRONISED or tl.max(again.to(tl.int32), 0) > 0:
-        o, lse = _attend_split(
+        o, lse = attend_split(
             q_ptr, stride_qb, stride_qh, stride_qd, k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,
             v_ptr, stride_vb, stride_vn, stride_vh, stride_vd, kv_lens_ptr, max_kv_len,
             pid_b, pid_h, pid_s, num_splits, group, sm_scale * LOG2E, HEAD_DIM, BLOCK_D, BLOCK_H, BLOCK_N, TILES,
@@ -171,7 +171,7 @@ def _sum_splits(
 ):  # fmt: skip
     """num [BLOCK_D] and den of all splits. With one phi for all they simply add; WEIGHTED: by exp(base - top)."""
     offs_s = tl.arange(0, BLOCK_S)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     num = tl.zeros([BLOCK_D], tl.float32)
     den = 0.0
     for s in range(0, num_splits, BLOCK_S):
@@ -226,7 +226,7 @@ def _unified_merge_kernel(
             HEAD_DIM, BLOCK_D, BLOCK_S, False,
         )  # fmt: skip
     o = num / tl.where(den == 0.0, 1.0, den)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     o_ptrs = o_ptr + pid_b * stride_ob + head * stride_oh + offs_d * stride_od
     tl.store(o_ptrs, cast(o, o_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
     tl.store(recomputed_ptr + pid_b * stride_rb + head * stride_rh, tripped > 0)
@@ -260,9 +260,7 @@ def unified_decoding(
     recomputed = torch.empty(batch, num_q_heads, dtype=torch.bool, device=q.device)
     if batch == 0:
         return o, recomputed
-    if num_splits is None:
-        num_sms = device_properties()["multiprocessor_count"]
-        num_splits = splits.choose(batch * num_kv_heads, num_sms, max_kv_len, head_dim)
+    num_splits = splits_or_default(num_splits, batch * num_kv_heads, max_kv_len, head_dim)
     low, high = args.EXP_LIMITS[torch.float16]
     p_fp32 = q.dtype == torch.float16 and not synchronised and (bound_a < low or bound_b > high)
     group = num_q_heads // num_kv_heads
@@ -304,18 +302,25 @@ def _gemv_kernel(
     offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     mask_n, mask_m = (offs_n < n)[:, None], (offs_m < m)[:, None]
-    w_ptrs = w_ptr + offs_n[:, None] * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
-    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
+    w_ptr += offs_n[:, None] * stride_wn
+    x_ptr += offs_m[:, None] * stride_xm
     acc = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], tl.float32)  # summed over k once, after the loop
     # A loop without a dot is pipelined only by tl.range: STAGES - 1 tiles of w are on their way.
     for first in tl.range(0, k, BLOCK_K, num_stages=STAGES):
         mask_k = (offs_k < k - first)[None, :]
-        w = tl.load(w_ptrs + first * stride_wk, mask=mask_n & mask_k, other=0.0).to(tl.float32)
-        x = tl.load(x_ptrs + first * stride_xk, mask=mask_m & mask_k, other=0.0).to(tl.float32)
+        cols = (first + offs_k).to(tl.int64)[None, :]  # a transposed w has its columns N elements apart
+        w = tl.load(w_ptr + cols * stride_wk, mask=mask_n & mask_k, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + cols * stride_xk, mask=mask_m & mask_k, other=0.0).to(tl.float32)
         acc += x[:, None, :] * w[None, :, :]
     y = tl.sum(acc, 2)  # [BLOCK_M, BLOCK_N]
     y_ptrs = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :] * stride_yn
     tl.store(y_ptrs, cast(y, y_ptr.dtype.element_ty), mask=mask_m & (offs_n < n)[None, :])
+
+
+def gemv_config(dtype: torch.dtype, m: int, k: int) -> dict:
+    """Tile sizes and launch options for x [m, k]: up to four tokens, four rows of w, and 2048 bytes of each."""
+    block_k = min(2048 // dtype.itemsize, max(32, triton.next_power_of_2(k)))
+    return dict(BLOCK_M=min(4, triton.next_power_of_2(m)), BLOCK_N=4, BLOCK_K=block_k, STAGES=4, num_warps=4)
 
 
 def gemv(x, w):
@@ -327,12 +332,9 @@ def gemv(x, w):
     m, n, k = args.linear(x, w)
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if y.numel():
-        block_m = min(4, triton.next_power_of_2(m))
-        block_k = min(2048 // x.element_size(), max(32, triton.next_power_of_2(k)))
-        _gemv_kernel[(triton.cdiv(n, 4), triton.cdiv(m, block_m))](
-            x, *x.stride(), w, *w.stride(), y, *y.stride(), m, n, k,
-            BLOCK_M=block_m, BLOCK_N=4, BLOCK_K=block_k, STAGES=4, num_warps=4,
-        )  # fmt: skip
+        config = gemv_config(x.dtype, m, k)
+        grid = (triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(m, config["BLOCK_M"]))
+        _gemv_kernel[grid](x, *x.stride(), w, *w.stride(), y, *y.stride(), m, n, k, **config)
     return y
 
 
@@ -376,7 +378,7 @@ def launch_tiles(kernel, inputs, y, k, config, **constants) -> None:
     if split_k > 1:
         num_tiles = grid[1] * grid[2]
         part = torch.empty(num_tiles * split_k, block_n, block_m, dtype=torch.float32, device=y.device)
-        arrived = _arrival_counters(y, num_tiles)
+        arrived = arrival_counters(y, num_tiles)
     kernel[grid](
         *inputs, y, *y.stride(), part, part.stride(0), part.stride(1), arrived, m, n, k, k_per_split,
         **constants, **config,
@@ -403,6 +405,7 @@ def _flat_gemm_kernel(
     w_ptrs = w_ptr + offs_n[:, None] * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
     x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
     end = tl.minimum(k - pid_k * k_per_split, k_per_split)
+    step = tl.full((), BLOCK_K, tl.int64)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for first in range(0, end, BLOCK_K):
         if EVEN_K:
@@ -413,8 +416,8 @@ def _flat_gemm_kernel(
             w = tl.load(w_ptrs, mask=mask_n & mask_k, other=0.0)
             x = tl.load(x_ptrs, mask=mask_m & mask_k, other=0.0)
         acc += dot(w, tl.trans(x))
-        w_ptrs += BLOCK_K * stride_wk
-        x_ptrs += BLOCK_K * stride_xk
+        w_ptrs += step * stride_wk
+        x_ptrs += step * stride_xk
     y_ptrs = y_ptr + offs_m[None, :] * stride_ym + offs_n[:, None] * stride_yn
     mask_y = mask_n & (offs_m < m)[None, :]
     part_ptr += tile.to(tl.int64) * SPLIT_K * stride_pp

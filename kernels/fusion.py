@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from kernels import attention as prefill
 from kernels._tile import cast, device_properties
 from kernels.flash_decoding import flash_decoding
+from kernels.flash_decoding_pp import gemv_config
 from kernels.rope import forward_only, fresh, rope, rope_write_kv, wants_grad  # noqa: F401
 from labkit import args
 
@@ -253,26 +254,26 @@ def _gate_up_kernel(
     offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     mask_n, mask_m = (offs_n < n)[:, None], (offs_m < m)[:, None]
-    cols = offs_k[None, :].to(tl.int64)
-    gate_ptrs = gate_ptr + offs_n[:, None] * stride_gn + cols * stride_gk
-    up_ptrs = up_ptr + offs_n[:, None] * stride_un + cols * stride_uk
-    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + cols * stride_xk
+    gate_ptr += offs_n[:, None] * stride_gn
+    up_ptr += offs_n[:, None] * stride_un
+    x_ptr += offs_m[:, None] * stride_xm
     gate_acc = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], tl.float32)
     up_acc = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], tl.float32)
     square = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for first in tl.range(0, k, BLOCK_K, num_stages=STAGES):
         mask_k = (offs_k < k - first)[None, :]
-        gate = tl.load(gate_ptrs + first * stride_gk, mask=mask_n & mask_k, other=0.0).to(tl.float32)
-        up = tl.load(up_ptrs + first * stride_uk, mask=mask_n & mask_k, other=0.0).to(tl.float32)
-        x = tl.load(x_ptrs + first * stride_xk, mask=mask_m & mask_k, other=0.0).to(tl.float32)
+        cols = (first + offs_k).to(tl.int64)[None, :]
+        gate = tl.load(gate_ptr + cols * stride_gk, mask=mask_n & mask_k, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + cols * stride_uk, mask=mask_n & mask_k, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + cols * stride_xk, mask=mask_m & mask_k, other=0.0).to(tl.float32)
         if NORMED:
             square += x * x
-            x *= tl.load(norm_ptr + (first + cols) * stride_nk, mask=mask_k, other=0.0).to(tl.float32)
+            x *= tl.load(norm_ptr + cols * stride_nk, mask=mask_k, other=0.0).to(tl.float32)
         gate_acc += x[:, None, :] * gate[None, :, :]
         up_acc += x[:, None, :] * up[None, :, :]
     gate, up = tl.sum(gate_acc, 2), tl.sum(up_acc, 2)  # [BLOCK_M, BLOCK_N]
     if NORMED:
-        rstd = tl.rsqrt(tl.sum(square, 1) / k + eps)[:, None]
+        rstd = tl.rsqrt(tl.sum(square, 1) / tl.maximum(k, 1) + eps)[:, None]  # k 0: the sums are 0, not NaN
         gate, up = gate * rstd, up * rstd
     y_ptrs = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :]
     tl.store(y_ptrs, cast(gate * tl.sigmoid(gate) * up, y_ptr.dtype.element_ty), mask=mask_m & (offs_n < n)[None, :])
@@ -466,6 +467,11 @@ def bias_gelu(x, bias, *, approximate="none"):
     return forward_only("bias_gelu", launch, x, bias)
 
 
+def gate_up_config(dtype: torch.dtype, m: int, k: int) -> dict:
+    """As `gemv_config`, with two rows of each of the two weights."""
+    return gemv_config(dtype, m, k) | {"BLOCK_N": 2, "STAGES": 3}
+
+
 def gate_up_swiglu(x, gate_weight, up_weight, *, norm_weight=None, eps=1e-6):
     """silu(h gate^T) * (h up^T) in one launch, for decoding; h = rmsnorm(x, norm_weight, eps) if norm_weight is given.
 
@@ -482,12 +488,10 @@ def gate_up_swiglu(x, gate_weight, up_weight, *, norm_weight=None, eps=1e-6):
             x2 = x.reshape(m, k)
             normed = norm_weight is not None
             norm_weight = norm_weight if normed else x2[0]
-            block_m = min(4, triton.next_power_of_2(m))
-            block_k = min(2048 // x.element_size(), max(32, triton.next_power_of_2(k)))
-            _gate_up_kernel[(triton.cdiv(n, 2), triton.cdiv(m, block_m))](
+            config = gate_up_config(x.dtype, m, k)
+            _gate_up_kernel[(triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(m, config["BLOCK_M"]))](
                 x2, *x2.stride(), gate_weight, *gate_weight.stride(), up_weight, *up_weight.stride(),
-                norm_weight, *norm_weight.stride(), y, n, m, n, k, eps,
-                BLOCK_M=block_m, BLOCK_N=2, BLOCK_K=block_k, STAGES=3, NORMED=normed, num_warps=4,
+                norm_weight, *norm_weight.stride(), y, n, m, n, k, eps, NORMED=normed, **config,
             )  # fmt: skip
         return y
 

@@ -5,10 +5,10 @@ Both functions are Flash-Decoding and launch the same kernel; they differ in how
 
 import torch
 
-from kernels._tile import LOG2E, device_properties
+from kernels._tile import LOG2E, splits_or_default
 from kernels.attention import attention  # noqa: F401  (prefill: timed beside them, under this topic's name)
-from kernels.flash_decoding import _split_kernel, flash_decoding, split_config, split_outputs
-from labkit import args, splits
+from kernels.flash_decoding import flash_decoding, split_config, split_kernel, split_outputs
+from labkit import args
 
 
 def gqa_decoding(q, k, v, kv_lens, *, num_splits=None, sm_scale=None, heads=None):
@@ -35,10 +35,10 @@ def gqa_decoding(q, k, v, kv_lens, *, num_splits=None, sm_scale=None, heads=None
     if batch == 0:
         return o, lse
     tiles = num_q_heads // heads  # programs of a sequence and split
-    if num_splits is None:  # the rule sees the programs that there are, so each version gets the splits that suit it
-        num_splits = splits.choose(batch * tiles, device_properties()["multiprocessor_count"], max_kv_len, head_dim)
+    # The rule sees the programs that there are, so each version gets the splits that suit it.
+    num_splits = splits_or_default(num_splits, batch * tiles, max_kv_len, head_dim)
     outputs, merge_splits = split_outputs(o, lse, num_splits)
-    _split_kernel[(num_splits, tiles, batch)](
+    split_kernel[(num_splits, tiles, batch)](
         q, *q.stride(), k, *k.stride(), v, *v.stride(), kv_lens.contiguous(), *outputs,
         max_kv_len, num_splits, heads, args.scale(sm_scale, head_dim) * LOG2E.value,
         HEAD_DIM=head_dim, TILES=group // heads, **split_config(q.dtype, head_dim, heads),

@@ -9,24 +9,19 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._tile import (
-    LOG2E,
-    attend_tile,
-    block_dim,
-    cast,
-    device_properties,
-    finish,
-)
+from kernels._tile import LOG2E, attend_tile, block_dim, finish, splits_or_default
 from kernels.flash_decoding import (  # flash_decoding: timed beside paged_decoding, under this topic's name
     flash_decoding,  # noqa: F401
     split_config,
     split_outputs,
+    store_split,
+    tiles_per_group,
 )
-from labkit import args, splits
+from labkit import args
 
 
 @triton.jit
-def _pages_of_tile(table_ptr, stride_tp, first, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+def pages_of_tile(table_ptr, stride_tp, first, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Page of every key of the tile that begins at `first` [BLOCK_N], or one number if it lies in one page.
 
     -1 from `end` on: what stands in the table there is not read.
@@ -35,7 +30,7 @@ def _pages_of_tile(table_ptr, stride_tp, first, end, PAGE_SIZE: tl.constexpr, BL
         key = first
     else:
         key = first + tl.arange(0, BLOCK_N)
-    return tl.load(table_ptr + (key // PAGE_SIZE) * stride_tp, mask=key < end, other=-1)
+    return tl.load(table_ptr + (key // PAGE_SIZE).to(tl.int64) * stride_tp, mask=key < end, other=-1)
 
 
 @triton.jit
@@ -49,14 +44,14 @@ def _paged_split_kernel(
     lse_ptr, stride_lb, stride_lh, stride_ls,  # [B, Hq, S] out
     num_pages, max_kv_len, num_splits, group, qk_scale,
     PAGE_SIZE: tl.constexpr, READ_AHEAD: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     pid_s = tl.program_id(0)
     pid_h = tl.program_id(1).to(tl.int64)
     pid_b = tl.program_id(2).to(tl.int64)
     offs_h = tl.arange(0, BLOCK_H)
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask_h = offs_h < group
     mask_d = offs_d < HEAD_DIM
     head = pid_h * group + offs_h
@@ -70,18 +65,18 @@ def _paged_split_kernel(
     end = tl.minimum(start + split_len, kv_len)
 
     table_ptr += pid_b * stride_tb
-    k_ptrs = k_ptr + pid_h * stride_kh + offs_d[None, :] * stride_kd
-    v_ptrs = v_ptr + pid_h * stride_vh + offs_d[None, :] * stride_vd
+    k_ptrs = k_ptr + pid_h // TILES * stride_kh + offs_d[None, :] * stride_kd
+    v_ptrs = v_ptr + pid_h // TILES * stride_vh + offs_d[None, :] * stride_vd
     m = tl.full([BLOCK_H], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-    next_page = _pages_of_tile(table_ptr, stride_tp, start, end, PAGE_SIZE, BLOCK_N)
+    next_page = pages_of_tile(table_ptr, stride_tp, start, end, PAGE_SIZE, BLOCK_N)
     for first in range(start, end, BLOCK_N):
         if READ_AHEAD:
             page = next_page
-            next_page = _pages_of_tile(table_ptr, stride_tp, first + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
+            next_page = pages_of_tile(table_ptr, stride_tp, first + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
         else:
-            page = _pages_of_tile(table_ptr, stride_tp, first, end, PAGE_SIZE, BLOCK_N)
+            page = pages_of_tile(table_ptr, stride_tp, first, end, PAGE_SIZE, BLOCK_N)
         key = first + offs_n
         mask_n = key < tl.where((page >= 0) & (page < num_pages), end, 0)  # one page may stand for all keys
         mask_kv = mask_n[:, None] & mask_d[None, :]
@@ -91,9 +86,10 @@ def _paged_split_kernel(
         m, l, acc = attend_tile(q, k, v, mask_n[None, :], m, l, acc, qk_scale, True)
     o, lse = finish(m, l, acc)
 
-    o_ptrs = o_ptr + pid_b * stride_ob + head[:, None] * stride_oh + pid_s * stride_os + offs_d[None, :] * stride_od
-    tl.store(o_ptrs, cast(o, o_ptr.dtype.element_ty), mask=mask_h[:, None] & mask_d[None, :])
-    tl.store(lse_ptr + pid_b * stride_lb + head * stride_lh + pid_s * stride_ls, lse, mask=mask_h)
+    store_split(
+        o, lse, o_ptr, stride_ob, stride_oh, stride_os, stride_od, lse_ptr, stride_lb, stride_lh, stride_ls,
+        pid_b, pid_h, pid_s, group, HEAD_DIM, BLOCK_D, BLOCK_H,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -112,7 +108,7 @@ def _write_kv_kernel(
         page = slot // PAGE_SIZE
         offset = slot % PAGE_SIZE
         offs_h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)[:, None]  # heads may lie far apart
-        offs_d = tl.arange(0, BLOCK_D)[None, :]
+        offs_d = tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
         mask = (offs_h < num_kv_heads) & (offs_d < HEAD_DIM)
         k = tl.load(k_ptr + token * stride_kn + offs_h * stride_kh + offs_d * stride_kd, mask=mask)
         v = tl.load(v_ptr + token * stride_vn + offs_h * stride_vh + offs_d * stride_vd, mask=mask)
@@ -148,19 +144,18 @@ def paged_decoding(
     if batch == 0:
         return o, lse
     max_kv_len = max_pages * page_size
-    if num_splits is None:
-        num_sms = device_properties()["multiprocessor_count"]
-        num_splits = splits.choose(batch * num_kv_heads, num_sms, max_kv_len, head_dim)
+    num_splits = splits_or_default(num_splits, batch * num_kv_heads, max_kv_len, head_dim)
     group = num_q_heads // num_kv_heads
-    config = split_config(q.dtype, head_dim, group)
-    if q.dtype == torch.float32:  # multiplied without the matrix unit: with fewer threads the tile spills
-        config["num_warps"] = 8
+    # Exact fp32 products are made without the matrix unit and need many registers: at most 32 wide heads a tile.
+    tiles = tiles_per_group(args.MAX_HEAD_DIM, group) if q.dtype == torch.float32 and head_dim > 64 else 1
+    group //= tiles
     outputs, merge_splits = split_outputs(o, lse, num_splits)
-    _paged_split_kernel[(num_splits, num_kv_heads, batch)](
+    _paged_split_kernel[(num_splits, num_kv_heads * tiles, batch)](
         q, *q.stride(), k_pages, *k_pages.stride(), v_pages, *v_pages.stride(), block_table, *block_table.stride(),
         kv_lens.contiguous(), *outputs,
         num_pages, max_kv_len, num_splits, group, args.scale(sm_scale, head_dim) * LOG2E.value,
-        PAGE_SIZE=page_size, READ_AHEAD=read_ahead, HEAD_DIM=head_dim, **config,
+        PAGE_SIZE=page_size, READ_AHEAD=read_ahead, HEAD_DIM=head_dim, TILES=tiles,
+        **split_config(q.dtype, head_dim, group),
     )  # fmt: skip
     merge_splits()
     return o, lse

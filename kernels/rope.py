@@ -17,12 +17,13 @@ def _rotate_heads(
     HALF: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
     """y = rotated (x + bias) for some heads [BLOCK_H] of one token: pairs (d, d + D/2); angles [BLOCK_D]."""
-    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
     head = head[:, None]
     mask = (head < num_heads) & (offs_d < HALF)
+    half = tl.full((), HALF, tl.int64)
     at = head.to(tl.int64) * stride_xh + offs_d * stride_xd
     a = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(x_ptr + at + HALF * stride_xd, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(x_ptr + at + half * stride_xd, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         a += tl.load(bias_ptr + head * (2 * HALF) + offs_d, mask=mask, other=0.0).to(tl.float32)
         b += tl.load(bias_ptr + head * (2 * HALF) + offs_d + HALF, mask=mask, other=0.0).to(tl.float32)
@@ -30,7 +31,7 @@ def _rotate_heads(
         a, b = a * cos_a[None, :] - b * sin_a[None, :], b * cos_b[None, :] + a * sin_b[None, :]
     at = head.to(tl.int64) * stride_yh + offs_d * stride_yd
     tl.store(y_ptr + at, cast(a, y_ptr.dtype.element_ty), mask=mask)
-    tl.store(y_ptr + at + HALF * stride_yd, cast(b, y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + at + half * stride_yd, cast(b, y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -47,14 +48,15 @@ def _rope_kernel(
     """One token and BLOCK_H heads: first the blocks of query heads, then those of key heads."""
     token = tl.program_id(0).to(tl.int64)
     b, t = token // length, token % length
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     cos_ptrs = cos_ptr + b * stride_cb + t * stride_ct + offs_d * stride_cd
     sin_ptrs = sin_ptr + b * stride_sb + t * stride_st + offs_d * stride_sd
     cos = tl.load(cos_ptrs, mask=offs_d < HALF, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptrs, mask=offs_d < HALF, other=0.0).to(tl.float32) * sign
     if FULL:
-        cos_b = tl.load(cos_ptrs + HALF * stride_cd, mask=offs_d < HALF, other=0.0).to(tl.float32)
-        sin_b = tl.load(sin_ptrs + HALF * stride_sd, mask=offs_d < HALF, other=0.0).to(tl.float32) * sign
+        half = tl.full((), HALF, tl.int64)
+        cos_b = tl.load(cos_ptrs + half * stride_cd, mask=offs_d < HALF, other=0.0).to(tl.float32)
+        sin_b = tl.load(sin_ptrs + half * stride_sd, mask=offs_d < HALF, other=0.0).to(tl.float32) * sign
     else:
         cos_b, sin_b = cos, sin
     block, q_blocks = tl.program_id(1), tl.cdiv(num_q_heads, BLOCK_H)
@@ -87,13 +89,13 @@ def _rope_write_kv_kernel(
 ):  # fmt: skip
     """One token and BLOCK_H heads: blocks of query heads, then of keys, then of values."""
     token = tl.program_id(0).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     cos = tl.load(cos_ptr + token * stride_cn + offs_d * stride_cd, mask=offs_d < HALF, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + token * stride_sn + offs_d * stride_sd, mask=offs_d < HALF, other=0.0).to(tl.float32)
     slot = tl.load(slots_ptr + token)
     page, offset = slot // page_size, slot % page_size
     block, q_blocks, kv_blocks = tl.program_id(1), tl.cdiv(num_q_heads, BLOCK_H), tl.cdiv(num_kv_heads, BLOCK_H)
-    stride_h = 2 * HALF * stride_xd
+    stride_h = tl.full((), 2 * HALF, tl.int64) * stride_xd
     x_ptr = qkv_ptr + token * stride_xn
     if block < q_blocks:
         _rotate_heads(

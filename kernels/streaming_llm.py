@@ -9,14 +9,15 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._tile import LOG2E, block_dim, cast, device_properties, dot, finish, softmax_step
+from kernels._tile import LOG2E, block_dim, cast, device_properties, dot, finish, softmax_step, splits_or_default
 from kernels.flash_decoding import (  # flash_decoding: timed beside sink_decoding, under this topic's name
     flash_decoding,  # noqa: F401
     split_config,
     split_outputs,
+    store_split,
     tiles_per_group,
 )
-from labkit import args, splits
+from labkit import args
 
 
 @triton.jit
@@ -40,7 +41,7 @@ def _load_rotated(
     cos = tl.load(cos_ptrs, mask=mask_angle, other=0.0)
     sin = tl.load(sin_ptrs, mask=mask_angle, other=0.0)
     a = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(x_ptrs + HALF * stride_xd, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(x_ptrs + tl.full((), HALF, tl.int64) * stride_xd, mask=mask, other=0.0).to(tl.float32)
     return cast(a * cos - b * sin, dtype), cast(b * cos + a * sin, dtype)
 
 
@@ -64,8 +65,8 @@ def _sink_split_kernel(
     HALF: tl.constexpr = HEAD_DIM // 2
     offs_h = tl.arange(0, BLOCK_H)
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_r = tl.arange(0, BLOCK_R)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
     mask_h = offs_h < group
     mask_d = offs_d < HEAD_DIM
     mask_r = (offs_r < HALF)[None, :]
@@ -73,7 +74,7 @@ def _sink_split_kernel(
 
     seen = tl.maximum(tl.load(seen_ptr + pid_b), 0)
     held = tl.minimum(seen, num_sinks + window)
-    last = tl.maximum(held - 1, 0)  # the current token's position
+    last = tl.maximum(held - 1, 0).to(tl.int64)  # the current token's position
     q_ptrs = q_ptr + pid_b * stride_qb + head[:, None] * stride_qh + offs_r[None, :] * stride_qd
     q_cos = cos_ptr + last * stride_cn + offs_r[None, :] * stride_cd
     q_sin = sin_ptr + last * stride_sn + offs_r[None, :] * stride_sd
@@ -92,8 +93,9 @@ def _sink_split_kernel(
         position = first + offs_n
         mask_n = position < end
         slot = _slot_of(position, seen, num_sinks, window).to(tl.int64)[:, None]
-        k_cos = cos_ptr + position[:, None] * stride_cn + offs_r[None, :] * stride_cd
-        k_sin = sin_ptr + position[:, None] * stride_sn + offs_r[None, :] * stride_sd
+        rows = position.to(tl.int64)[:, None]
+        k_cos = cos_ptr + rows * stride_cn + offs_r[None, :] * stride_cd
+        k_sin = sin_ptr + rows * stride_sn + offs_r[None, :] * stride_sd
         mask_k = mask_n[:, None] & mask_r
         k_ptrs = k_ptr + slot * stride_kn + offs_r[None, :] * stride_kd
         k_a, k_b = _load_rotated(k_ptrs, stride_kd, k_cos, k_sin, mask_k, mask_k, HALF)
@@ -104,9 +106,10 @@ def _sink_split_kernel(
         acc = acc * alpha[:, None] + dot(cast(p, v.dtype), v)
     o, lse = finish(m, l, acc)
 
-    o_ptrs = o_ptr + pid_b * stride_ob + head[:, None] * stride_oh + pid_s * stride_os + offs_d[None, :] * stride_od
-    tl.store(o_ptrs, cast(o, o_ptr.dtype.element_ty), mask=mask_h[:, None] & mask_d[None, :])
-    tl.store(lse_ptr + pid_b * stride_lb + head * stride_lh + pid_s * stride_ls, lse, mask=mask_h)
+    store_split(
+        o, lse, o_ptr, stride_ob, stride_oh, stride_os, stride_od, lse_ptr, stride_lb, stride_lh, stride_ls,
+        pid_b, pid_h, pid_s, group, HEAD_DIM, BLOCK_D, BLOCK_H,
+    )  # fmt: skip
 
 
 def sink_config(dtype: torch.dtype, head_dim: int, group: int) -> dict:
@@ -145,9 +148,7 @@ def sink_decoding(
     lse = torch.empty(batch, num_q_heads, dtype=torch.float32, device=q.device)
     if batch == 0:
         return o, lse
-    if num_splits is None:
-        num_sms = device_properties()["multiprocessor_count"]
-        num_splits = splits.choose(batch * num_kv_heads, num_sms, num_sinks + window, head_dim)
+    num_splits = splits_or_default(num_splits, batch * num_kv_heads, num_sinks + window, head_dim)
     group = num_q_heads // num_kv_heads
     tiles = tiles_per_group(head_dim, group)
     group //= tiles

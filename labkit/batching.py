@@ -93,10 +93,7 @@ def _spread(x):
 
 
 def codegen_cases():
-    """A mixed step and a step of decodes only; dtypes, head_dims and groups one at a time.
-
-    Not among them: fp32 with a group of 64, where the tile spills (the group is not cut here).
-    """
+    """A mixed step and a step of decodes only; dtypes, head_dims and groups one at a time; fp32 with a group of 64."""
 
     def step(name, q_lens, dtype="bfloat16", head_dim=128, group=4, page_size=16):
         pages = codegen.Tensor((64, page_size, 8, head_dim), dtype)
@@ -123,6 +120,9 @@ def codegen_cases():
         step("bf16, decodes, group 64", decodes, group=64),
         step("fp32, mixed, page 32", mixed, "float32", page_size=32),
         step("fp32, decodes, page 32", decodes, "float32", page_size=32),
+        step("fp32, mixed, head_dim 64, group 64", mixed, "float32", head_dim=64, group=64),
+        step("fp32, mixed, group 64", mixed, "float32", group=64),
+        step("fp32, decodes, head_dim 256, group 64", decodes, "float32", head_dim=256, group=64),
     ]
 
 

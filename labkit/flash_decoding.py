@@ -285,7 +285,7 @@ def codegen_cases() -> list[codegen.Case]:
         tensors["kv_lens"] = codegen.Tensor((1,), "int32", 4096)
         words = "".join(f", {key.replace('_', ' ')} {value}" for key, value in options.items())
         name = f"{dtype}, head_dim {head_dim}, group {group}{words}"
-        matrix = ("_split_kernel", "_one_launch_kernel")
+        matrix = ("split_kernel", "_one_launch_kernel")
         return codegen.Case("kernels.flash_decoding:flash_decoding", name, tensors | options, matrix)
 
     return [

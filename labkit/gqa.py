@@ -342,7 +342,7 @@ def codegen_cases() -> list[codegen.Case]:
         tensors["kv_lens"] = codegen.Tensor((1,), "int32", 4096)
         words = f", {options['heads']} heads a program" if "heads" in options else ""
         name = f"{function.split('_')[0]}: {dtype}, head_dim {head_dim}, group {group}{words}"
-        return codegen.Case(f"kernels.gqa:{function}", name, tensors | options, ("_split_kernel",))
+        return codegen.Case(f"kernels.gqa:{function}", name, tensors | options, ("split_kernel",))
 
     return [
         case("gqa_decoding", 128, 8, "bfloat16"),

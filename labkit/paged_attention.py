@@ -232,10 +232,8 @@ def pool_player(num_pages=8, page_size=4):
 
 
 def codegen_cases():
-    """Pages smaller than the tile, as large and larger; dtypes, head_dims and groups one at a time.
-
-    Not among them: fp32 with a group of 64 and head_dim 128 or 256, where the tile spills (the group is not cut here).
-    """
+    """Pages smaller than the tile, as large and larger; dtypes, head_dims and groups one at a time; fp32 with a group
+    of 64."""
 
     def decode(name, page_size, dtype="bfloat16", head_dim=128, group=4, **options):
         pages = codegen.Tensor((64, page_size, 8, head_dim), dtype)
@@ -259,6 +257,9 @@ def codegen_cases():
         decode("bf16, page 256, head_dim 256, group 8", 256, head_dim=256, group=8),
         decode("bf16, page 16, group 64", 16, group=64),
         decode("fp32, page 32", 32, "float32"),
+        decode("fp32, page 16, head_dim 64, group 64", 16, "float32", head_dim=64, group=64),
+        decode("fp32, page 16, group 64", 16, "float32", group=64),
+        decode("fp32, page 16, head_dim 256, group 64", 16, "float32", head_dim=256, group=64),
         codegen.Case("kernels.paged_attention:write_kv", "bf16, page 16", new_tokens),
     ]
 

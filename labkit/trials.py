@@ -60,6 +60,11 @@ def _flat(name, gain, because, values, case="flat QKV M=8"):
     return Trial(f"flat GEMM: {name}", "flash_decoding_pp", case, gain, because, {}, rules)
 
 
+def _gemv(name, gain, because, values):
+    rules = {"kernels.flash_decoding_pp:gemv_config": values}
+    return Trial(f"gemv: {name}", "flash_decoding_pp", "gemv FFN1 M=1", gain, because, {}, rules)
+
+
 def _prefill(name, gain, because, values):
     rules = {"kernels.attention:attention_config": values}
     return Trial(f"prefill: {name}", "gqa", "prefill, 8 KV heads", gain, because, {}, rules, "bfloat16, head_dim 128")
@@ -94,6 +99,15 @@ TRIALS = (
     _flat("64 of K a tile", (0.9, 1.02), "Rows of 128 bytes instead of 256, and twice the turns.", {"BLOCK_K": 64}),
     _flat("K not cut", (0.4, 0.8), "64 tiles for 132 SMs: half of the GPU has no work.", {"SPLIT_K": 1},
           case="flat O M=8"),
+    _gemv("two stages", (0.8, 0.97), "A loop without a dot waits for every tile unless more are on their way.",
+          {"STAGES": 2}),
+    _gemv("six stages", (0.97, 1.05), "Three tiles of 8 KiB are on their way in each program already.",
+          {"STAGES": 6}),
+    _gemv("8 rows a tile", (0.9, 1.05), "Twice the bytes on their way in each program, half as many programs.",
+          {"BLOCK_N": 8}),
+    _gemv("512 of K a tile", (0.9, 1.02), "Rows of 1 KiB instead of 2, and twice the turns.", {"BLOCK_K": 512}),
+    Trial("gate, up: 4 rows a tile", "fusion", "norm, gate, up, SwiGLU, M=1", (0.95, 1.08), "As many bytes on their "
+          "way as the GEMV has; x is read half as often.", rules={"kernels.fusion:gate_up_config": {"BLOCK_N": 4}}),
     Trial("norm: 16 warps, one token", "fusion", "add_rmsnorm [1, 4096]", (0.95, 1.1), "A single program: more warps "
           "ask for the row at once, and have more to sum up.", rules={"kernels.fusion:row_config": {"num_warps": 16}}),
     Trial("norm: 4 warps, 2,048 tokens", "fusion", "add_rmsnorm [2048, 4096]", (0.95, 1.05), "Enough rows to keep "

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from far_apart import far_apart
 
 import kernels.attention
 from labkit.attention import attention
@@ -61,6 +62,14 @@ def test_kernel(case, strided, device):
     q, k, v, given = tensors(*CASES[case], device, strided)
     got = kernels.attention.attention(q, k, v, **given)
     assert_matches(got, attention, q, k, v, **given)
+
+
+@pytest.mark.parametrize("name, dim", [("q", 1), ("q", 3), ("k", 3), ("v", 1)])
+def test_offsets_of_64_bits(name, dim, device):
+    """Tokens that lie far apart, and a large stride inside the head."""
+    q, k, v, _ = tensors(20, 40, 2, 1, 64, F16, {}, device)
+    spread = [far_apart(x, dim) if n == name else x for n, x in zip("qkv", (q, k, v))]
+    assert_matches(kernels.attention.attention(*spread), attention, q, k, v)
 
 
 def test_reference_equals_torch():

@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from far_apart import far_apart
 from fresh_memory import nan_in_fresh_memory
 
 import kernels.batching as ops
@@ -488,6 +489,8 @@ CASES = [
     case("group 6, not a power of two", [(23, 40), (1, 41)], dtype=BF16, num_q_heads=12),
     case("group 6, decodes only", [(1, 40), (1, 41)], dtype=F16, num_q_heads=12),
     case("group 64", [(3, 20), (1, 33)], dtype=F16, num_q_heads=64, num_kv_heads=1),
+    case("fp32, group 64", [(3, 20), (1, 33)], dtype=F32, num_q_heads=128),
+    case("fp32, group 40, decodes only", [(1, 20), (1, 33)], dtype=F32, num_q_heads=80),
     case("MHA", [(40, 70), (1, 20)], dtype=F16, num_kv_heads=4),
     case("head_dim 80", [(20, 66), (1, 5)], dtype=F16, head_dim=80),
     case("head_dim 96", [(20, 66), (1, 5)], dtype=BF16, head_dim=96),
@@ -508,6 +511,15 @@ def test_ragged(case, device, monkeypatch):
     tensors = case.tensors(device)
     got = ops.ragged_attention(*tensors, sm_scale=case.sm_scale)
     assert_matches(got, ref.ragged_attention, *tensors, sm_scale=case.sm_scale)
+
+
+@pytest.mark.parametrize("name, dim", [("k_pages", 1), ("v_pages", 1), ("k_pages", 3), ("q", 2)])
+def test_offsets_of_64_bits(name, dim, device):
+    """Pages whose tokens lie far apart, as in [page_size, P, Hkv, D], and a large stride inside the head."""
+    tensors = ref.RaggedCase("", [(5, 70), (1, 33)], dtype=F16).tensors(device)
+    names = ("q", "k_pages", "v_pages", "block_table", "q_starts", "kv_lens")
+    spread = [far_apart(x, dim) if n == name else x for n, x in zip(names, tensors)]
+    assert_matches(ops.ragged_attention(*spread), ref.ragged_attention, *tensors)
 
 
 def test_reference_is_torchs_attention():
@@ -656,9 +668,10 @@ PLANTED_BUGS = [
     ("kernels/batching.py", "tl.minimum(tile * BLOCK_Q + BLOCK_Q, q_len)", "tl.minimum(tile * BLOCK_Q, q_len)"),
     ("kernels/batching.py", "tl.maximum(last, 0)", "kv_len // BLOCK_N * BLOCK_N + BLOCK_N"),
     ("kernels/batching.py", "(offs_m % GROUP < group)", "(offs_m % GROUP < GROUP)"),
+    ("kernels/batching.py", "pid_h // TILES * stride_kh", "pid_h * stride_kh"),
     ("kernels/batching.py", "head = pid_h * group + offs_m % GROUP", "head = pid_h * GROUP + offs_m % GROUP"),
     ("kernels/batching.py", "rows = (q_start + query)", "rows = query"),
-    ("kernels/batching.py", "offset = page.to(tl.int64), key % PAGE_SIZE", "offset = page.to(tl.int64), offs_n % PAGE_SIZE"),
-    ("kernels/batching.py", "// config[\"BLOCK_Q\"] + batch, num_kv_heads)", "// config[\"BLOCK_Q\"] + 1, num_kv_heads)"),
+    ("kernels/batching.py", "(key % PAGE_SIZE).to(tl.int64)", "(offs_n % PAGE_SIZE).to(tl.int64)"),
+    ("kernels/batching.py", "// config[\"BLOCK_Q\"] + batch, num_kv_heads * tiles)", "// config[\"BLOCK_Q\"] + 1, num_kv_heads * tiles)"),
     ("labkit/args.py", "starts == sorted(starts) and", ""),
 ]

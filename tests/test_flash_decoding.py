@@ -2,17 +2,20 @@ import hashlib
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 import torch
+from far_apart import far_apart
 from fresh_memory import nan_in_fresh_memory
 
 import kernels.flash_decoding as fd
+from kernels import _tile
 from labkit import flash_decoding as ref
 from labkit import ranks, splits, trace
 from labkit.attention import decode_attention
-from labkit.check import DECODE_CASES, DecodeCase, assert_matches, randn
+from labkit.check import DECODE_CASES, F16, DecodeCase, assert_matches, randn
 
 
 @pytest.mark.parametrize("case", DECODE_CASES, ids=lambda c: c.name)
@@ -33,6 +36,14 @@ def test_one_launch(case, device, monkeypatch):
     for _ in range(2):  # the arrival counters must be back at zero
         got = fd.flash_decoding(q, k, v, kv_lens, num_splits=case.num_splits or 3, one_launch=True)
         assert_matches(got, decode_attention, q, k, v, kv_lens)
+
+
+@pytest.mark.parametrize("name, dim", [("q", 2), ("k", 1), ("k", 3), ("v", 3)])
+def test_offsets_of_64_bits(name, dim, device):
+    """Keys that lie far apart, and a cache with a large stride inside the head."""
+    inputs = dict(zip(("q", "k", "v", "kv_lens"), DecodeCase("", (70, 70), dtype=F16).tensors(device)))
+    got = fd.flash_decoding(**inputs | {name: far_apart(inputs[name], dim)}, num_splits=2)
+    assert_matches(got, decode_attention, *inputs.values())
 
 
 @pytest.mark.parametrize("case", DECODE_CASES, ids=lambda c: c.name)
@@ -64,6 +75,20 @@ def test_merge(num_splits, device):
     assert_matches(fd.merge(part_o, part_lse), ref.merge, part_o, part_lse)
     strided = part_o.transpose(0, 1).contiguous().transpose(0, 1)
     assert_matches(fd.merge(strided, part_lse), ref.merge, part_o, part_lse)
+
+
+def test_merge_of_nothing_but_sums(device, monkeypatch):
+    """Heads without numbers still have a sum."""
+    nan_in_fresh_memory(monkeypatch)
+    part_o, part_lse = torch.zeros(1, 2, 3, 0, device=device), torch.zeros(1, 2, 3, device=device)
+    assert_matches(fd.merge(part_o, part_lse)[1], lambda lse: ref.merge(part_o.to(lse.dtype), lse)[1], part_lse)
+
+
+def test_merge_of_splits_that_lie_far_apart(device):
+    rng = np.random.default_rng(0)
+    part_o, part_lse = randn(rng, 2, 3, 17, 8, device=device), randn(rng, 2, 3, 17, device=device)
+    got = fd.merge(far_apart(part_o, 2), far_apart(part_lse, 2))
+    assert_matches(got, ref.merge, part_o, part_lse)
 
 
 def test_online_softmax_is_softmax():
@@ -154,6 +179,19 @@ def test_cast_rounds_to_nearest_even(device):
         assert torch.equal(out, part_o[:, :, 0].to(torch.bfloat16))
 
 
+def test_every_device_has_its_own_properties(monkeypatch):
+    """Two GPUs in one process, and a rule that was asked on the first: the second's answer is its own, and kept."""
+    asked = []
+    driver = types.SimpleNamespace(get_current_device=lambda: current)
+    driver.utils = types.SimpleNamespace(get_device_properties=lambda i: asked.append(i) or {"max_shared_mem": 1000 + i})
+    monkeypatch.setattr(_tile, "INTERPRETED", False)
+    monkeypatch.setattr(_tile.triton.runtime, "driver", types.SimpleNamespace(active=driver))
+    for current in (70, 80, 70, 80):
+        assert _tile.device_properties() == {"max_shared_mem": 1000 + current}
+    assert asked == [70, 80]
+    _tile._properties_of.cache_clear()
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_context_parallel(world_size):
     """The merge across processes: ragged, one sequence that some ranks hold nothing of, one that is empty."""
@@ -192,6 +230,7 @@ PLANTED_BUGS = [
     ("kernels/flash_decoding.py", "end = tl.minimum(start + split_len, kv_len)", "end = tl.minimum(start + split_len, max_kv_len)"),
     ("kernels/flash_decoding.py", "tl.cdiv(tl.cdiv(kv_len, BLOCK_N), num_splits)", "(tl.cdiv(kv_len, BLOCK_N) // num_splits)"),
     ("kernels/flash_decoding.py", "(pid_h * group + offs_h[:, None]) * stride_qh", "(pid_h + offs_h[:, None]) * stride_qh"),
+    ("kernels/flash_decoding.py", "offs_s = tl.arange(0, BLOCK_S).to(tl.int64)", "offs_s = tl.arange(0, BLOCK_S)"),
     ("kernels/flash_decoding.py", "weight = tl.exp2((lse - m_safe) * LOG2E)", "weight = tl.exp2(lse - m_safe)"),
     ("kernels/flash_decoding.py", "l = l * alpha + tl.sum(weight, 0)", "l = l + tl.sum(weight, 0)"),
     ("kernels/flash_decoding.py", "acc = acc * alpha + tl.sum(weight[:, None] * part, 0)", "acc = acc + tl.sum(weight[:, None] * part, 0)"),

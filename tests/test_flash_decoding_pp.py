@@ -4,6 +4,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from far_apart import far_apart
 from fresh_memory import nan_in_fresh_memory
 
 import kernels.flash_decoding_pp as pp
@@ -28,6 +29,7 @@ PLANTED_BUGS = [
     ("kernels/flash_decoding_pp.py", "stride_rh, tripped > 0)", "stride_rh, tripped > 1)"),
     ("kernels/flash_decoding_pp.py", "p_fp32 = q.dtype == torch.float16", "p_fp32 = False"),
     ("kernels/flash_decoding_pp.py", "mask_k = (offs_k < k - first)[None, :]", "mask_k = (offs_k < k)[None, :]"),
+    ("kernels/flash_decoding_pp.py", "step = tl.full((), BLOCK_K, tl.int64)", "step = BLOCK_K"),
     ("kernels/flash_decoding_pp.py", "tl.store(arrived_ptr, 0)", "tl.store(arrived_ptr, 1)"),
     ("kernels/flash_decoding_pp.py", "== SPLIT_K - 1:", "== SPLIT_K - 2:"),
     ("kernels/flash_decoding_pp.py", "for s in range(SPLIT_K):", "for s in range(SPLIT_K - 1):"),
@@ -135,6 +137,22 @@ def test_gemv(case, device, monkeypatch):
     nan_in_fresh_memory(monkeypatch)
     x, w = case.tensors(device)
     assert_matches(pp.gemv(x, w), ref.gemv, x, w)
+
+
+@pytest.mark.parametrize("function, k", [(pp.gemv, 1500), (pp.flat_gemm, 129)], ids=["gemv", "flat_gemm"])
+@pytest.mark.parametrize("far", [0, 1], ids=["x", "w"])
+def test_offsets_of_64_bits(function, k, far, device):
+    """A transposed matrix: its columns lie far apart. flat_gemm moves by 128 of them at a time."""
+    given = LinearCase(3, 5, k, F16).tensors(device)
+    spread = [far_apart(matrix, 1) if i == far else matrix for i, matrix in enumerate(given)]
+    assert_matches(function(*spread), ref.gemv, *given)
+
+
+def test_unified_decoding_of_a_transposed_cache(device):
+    q, k, v, kv_lens = DecodeCase("", (70, 70), dtype=F16).tensors(device)
+    options = dict(phi=0.0, bounds=(-9.0, 11.0), num_splits=2)
+    o, _ = pp.unified_decoding(q, far_apart(k, 3), v, kv_lens, **options)
+    assert torch.equal(o, pp.unified_decoding(q, k, v, kv_lens, **options)[0])
 
 
 FLAT_CASES = (

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from far_apart import far_apart
 from fresh_memory import nan_in_fresh_memory
 
 from kernels import fusion
@@ -26,7 +27,7 @@ PLANTED_BUGS = [
     ("kernels/fusion.py", "mask_k = (offs_k < k - first)[None, :]", "mask_k = (offs_k < k)[None, :]"),
     ("kernels/fusion.py", "h, x = add_rmsnorm(x, o", "h, _ = add_rmsnorm(x, o"),
     ("kernels/rope.py", "b * cos_b[None, :] + a * sin_b[None, :]", "b * cos_b[None, :] - a * sin_b[None, :]"),
-    ("kernels/rope.py", "cos_b = tl.load(cos_ptrs + HALF * stride_cd", "cos_b = tl.load(cos_ptrs"),
+    ("kernels/rope.py", "cos_b = tl.load(cos_ptrs + half * stride_cd", "cos_b = tl.load(cos_ptrs"),
     ("kernels/rope.py", "sin = sin.roll(sin.shape[-1] // 2, -1)", "pass"),
     ("kernels/rope.py", "+ offs_d + HALF, mask", "+ offs_d, mask"),
     ("kernels/rope.py", "elif (slot >= 0) & (slot < num_slots):", "elif slot < num_slots:"),
@@ -262,13 +263,37 @@ def test_rope_write_kv(case, device):
 
 @pytest.mark.parametrize("m, n, k, dtype, normed, strided", [
     ((1,), 7, 130, BF16, True, False), ((2, 3), 5, 64, F16, False, False), ((5,), 3, 2100, F32, True, True), ((4,), 4, 33, BF16, True, True),
-    ((1,), 1, 1, F32, True, False), ((0,), 4, 8, F32, True, False), ((2,), 0, 8, F32, False, False),
+    ((1,), 1, 1, F32, True, False), ((0,), 4, 8, F32, True, False), ((2,), 0, 8, F32, False, False), ((2,), 3, 0, F32, True, False),
 ], ids=str)  # fmt: skip
 def test_gate_up_swiglu(m, n, k, dtype, normed, strided, device):
     x, gate, up, norm = tensors(device, dtype, (*m, k), (n, k), (n, k), (k,), strided=strided)
     norm = norm if normed else None
     got = fusion.gate_up_swiglu(x, gate, up, norm_weight=norm)
     assert_matches(got, ref.gate_up_swiglu, x, gate, up, norm_weight=norm)
+
+
+@pytest.mark.parametrize("far", [0, 1, 2, 3], ids=["x", "gate", "up", "norm"])
+def test_offsets_of_64_bits(far, device):
+    """Transposed weights: their columns lie far apart."""
+    given = tensors(device, F16, (2, 1500), (3, 1500), (3, 1500), (1500,))
+    *inputs, norm = (far_apart(x, -1) if i == far else x for i, x in enumerate(given))
+    got = fusion.gate_up_swiglu(*inputs, norm_weight=norm)
+    assert_matches(got, ref.gate_up_swiglu, *given[:3], norm_weight=given[3])
+
+
+def test_rope_of_a_transposed_product(device):
+    """Heads and their halves lie far apart: as a view of [N, (Hq + 2 Hkv) D] stored column by column."""
+    qkv, k_pages, v_pages = tensors(device, F16, (3, 4 * 64), (2, 4, 1, 64), (2, 4, 1, 64))
+    angle = randn(np.random.default_rng(1), 3, 32, device=device)
+    slots = torch.tensor([0, 5, 7], device=device)
+    written = [k_pages.clone(), v_pages.clone()]
+    want = fusion.rope_write_kv(qkv, None, angle.cos(), angle.sin(), k_pages, v_pages, slots)
+    got = fusion.rope_write_kv(far_apart(qkv, 1), None, angle.cos(), angle.sin(), *written, slots)
+    assert all(map(torch.equal, (got, *written), (want, k_pages, v_pages)))
+    heads = qkv.view(3, 4, 64)
+    want = fusion.rope(heads, heads[:, :1], angle.cos(), angle.sin())
+    got = fusion.rope(far_apart(heads, 2), heads[:, :1], angle.cos(), angle.sin())
+    assert all(map(torch.equal, got, want))
 
 
 def test_bad_input_is_named(device):

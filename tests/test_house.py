@@ -49,6 +49,11 @@ def test_kernels_import_no_reference(path):
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.name)
+def test_what_another_kernel_file_uses_is_not_private(path):
+    assert not {name for name in imports(path) if name.startswith("kernels.") and name.rpartition(".")[2][0] == "_"}
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.name)
 def test_kernels_keep_the_rules(path):
     code = path.read_text()
     for banned in ("make_block_ptr", "triton.autotune", "triton.Autotuner"):

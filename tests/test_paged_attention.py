@@ -6,6 +6,7 @@ from itertools import islice, pairwise
 import numpy as np
 import pytest
 import torch
+from far_apart import far_apart
 from fresh_memory import nan_in_fresh_memory
 
 import kernels.paged_attention as paged
@@ -405,6 +406,7 @@ PAGED_CASES += [
     (DecodeCase("a page is a tile and a half", (190,), 2, 1, dtype=F16, num_splits=1), 96),
     (DecodeCase("a tile spans four pages", (129, 70), dtype=BF16, num_splits=1), 16),
     (DecodeCase("strided, small pages", (70, 3), dtype=F16, strided=True, num_splits=2), 5),
+    (DecodeCase("fp32, group 64, wide heads", (33,), 128, 2, head_dim=80, dtype=F32, num_splits=2), 16),
     (DecodeCase("strided, large pages", (130, 128), dtype=F32, strided=True, num_splits=2), 32),
 ]
 
@@ -415,6 +417,15 @@ def test_kernel(case, page_size, device, monkeypatch):
     nan_in_fresh_memory(monkeypatch)
     got = paged.paged_decoding(*inputs, num_splits=case.num_splits, sm_scale=case.sm_scale)
     assert_matches(got, ref.paged_decoding, *inputs, sm_scale=case.sm_scale)
+
+
+@pytest.mark.parametrize("name, dim", [("k_pages", 1), ("v_pages", 3), ("block_table", 1), ("q", 2)])
+def test_offsets_of_64_bits(name, dim, device):
+    """Tokens of a page that lie far apart, a large stride inside the head, and a table of more than 2^31 entries."""
+    inputs = paged_inputs(DecodeCase("", (70, 70), dtype=F16), 16, device)
+    names = ("q", "k_pages", "v_pages", "block_table", "kv_lens")
+    spread = [far_apart(x, dim) if n == name else x for n, x in zip(names, inputs)]
+    assert_matches(paged.paged_decoding(*spread, num_splits=2), ref.paged_decoding, *inputs)
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
@@ -771,11 +782,12 @@ PLANTED_BUGS = [
     ("kernels/paged_attention.py", "key < tl.where((page >= 0)", "key < key + tl.where((page >= 0)"),
     ("kernels/paged_attention.py", "(page >= 0) & (page < num_pages)", "page < num_pages"),
     ("kernels/paged_attention.py", "(page >= 0) & (page < num_pages)", "page >= 0"),
-    ("kernels/paged_attention.py", "next_page = _pages_of_tile(table_ptr, stride_tp, first + BLOCK_N, end", "next_page = _pages_of_tile(table_ptr, stride_tp, first, end"),
+    ("kernels/paged_attention.py", "next_page = pages_of_tile(table_ptr, stride_tp, first + BLOCK_N, end", "next_page = pages_of_tile(table_ptr, stride_tp, first, end"),
     ("kernels/paged_attention.py", "    if PAGE_SIZE % BLOCK_N == 0:", "    if PAGE_SIZE >= BLOCK_N:"),
     ("kernels/paged_attention.py", "(key % PAGE_SIZE).to(tl.int64)", "(offs_n % PAGE_SIZE).to(tl.int64)"),
-    ("kernels/paged_attention.py", "(key // PAGE_SIZE) * stride_tp", "(key // PAGE_SIZE)"),
+    ("kernels/paged_attention.py", "(key // PAGE_SIZE).to(tl.int64) * stride_tp", "(key // PAGE_SIZE)"),
     ("kernels/paged_attention.py", "table_ptr += pid_b * stride_tb", "table_ptr += 0"),
+    ("kernels/paged_attention.py", "pid_h // TILES * stride_vh", "pid_h * stride_vh"),
     ("kernels/paged_attention.py", "(page * stride_vp + offset * stride_vn)", "(page * stride_kp + offset * stride_vn + 1)"),
     ("kernels/paged_attention.py", "tl.load(kv_lens_ptr + pid_b), 0), max_kv_len)", "tl.load(kv_lens_ptr + pid_b), 0), max_kv_len + 1000)"),
     ("kernels/paged_attention.py", "mask_n[None, :], m, l, acc, qk_scale, True)", "mask_n[None, :], m, l, acc, qk_scale, False)"),

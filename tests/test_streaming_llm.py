@@ -3,6 +3,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from far_apart import far_apart
 from fresh_memory import nan_in_fresh_memory
 
 import kernels.attention
@@ -92,6 +93,18 @@ def test_kernel(case, device, monkeypatch):
     got = sl.sink_decoding(*inputs, **options, num_splits=case.num_splits)
     assert_matches(got, ref.sink_decoding, *inputs, **options)
     assert ref.sink_decoding(*inputs, **options)[0].isfinite().all()  # a NaN truth would let everything pass
+
+
+@pytest.mark.parametrize("far, dim", [("q", 2), ("k", 3), ("v", 1), ("cos", 0), ("sin", 1)])
+def test_offsets_of_64_bits(far, dim, device):
+    """A ring whose slots lie far apart, and a large stride inside the head."""
+    inputs, options = Case("", (100, 64), dtype=F16).tensors(device)
+    want = sl.sink_decoding(*inputs, **options, num_splits=2)
+    if far in options:
+        options[far] = far_apart(options[far], dim)
+    else:
+        inputs = [far_apart(x, dim) if name == far else x for name, x in zip(("q", "k", "v", "seen"), inputs)]
+    assert all(map(torch.equal, sl.sink_decoding(*inputs, **options, num_splits=2), want))
 
 
 def test_negative_seen_is_no_token(device, monkeypatch):
@@ -552,7 +565,7 @@ PLANTED_BUGS = [
     ("kernels/streaming_llm.py", "cast(b * cos + a * sin, dtype)", "cast(b * cos - a * sin, dtype)"),
     ("kernels/streaming_llm.py", "last = tl.maximum(held - 1, 0)", "last = held"),
     ("kernels/streaming_llm.py", "held = tl.minimum(seen, num_sinks + window)", "held = seen"),
-    ("kernels/streaming_llm.py", "k_cos = cos_ptr + position[:, None]", "k_cos = cos_ptr + slot"),
+    ("kernels/streaming_llm.py", "k_cos = cos_ptr + rows", "k_cos = cos_ptr + slot"),
     ("kernels/streaming_llm.py", "pid_h // TILES * stride_vh", "pid_h * stride_vh"),
     ("kernels/streaming_llm.py", "mask_n = position < end", "mask_n = position < end + 1"),
     ("kernels/streaming_llm.py", "tl.where(mask_n[None, :], s, float(\"-inf\"))", "s"),
