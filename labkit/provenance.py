@@ -14,6 +14,8 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# What a topic declares for the lab's programs. It decides what is measured, and not what a function computes.
+_DECLARATIONS = {"cases", "codegen_cases", "experiments"}
 _DROPPED = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER}
 _LAYOUT = {tokenize.NEWLINE: ";", tokenize.INDENT: "{", tokenize.DEDENT: "}"}
 # Python 3.12 splits f- and t-strings into parts; 3.11 has no such tokens, hence the -1.
@@ -106,7 +108,7 @@ def _reach(roots):
             target, member = load(f"{source}.{member}", module.folder), None
         inner = ".".join(filter(None, [member, rest]))
         if target and not inner:  # the module itself is handed on: whatever it defines may be called
-            for name in list(target.defined):
+            for name in set(target.defined) - _DECLARATIONS:
                 visit(target, name)
             return True
         return bool(target and visit(target, inner))

@@ -111,6 +111,8 @@ def test_a_module_handed_on_is_reached_whole(lab, using):
         return provenance.source_hash("kernel:scale")
 
     assert hashed("tiles.py", "    return x\n", "    return -x\n") != hashed()
+    declared = "def cases():\n    return {}\n\n\n@triton.jit\ndef twice"
+    assert hashed("tiles.py", "@triton.jit\ndef twice", declared.format(1)) == hashed(), "what is to be measured"
     assert lab("tiles.py", "    return x\n", "    return -x\n") == lab()
 
 
