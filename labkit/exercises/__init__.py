@@ -94,7 +94,7 @@ class Exercise:
             for title in self.cases:
                 print(f"FAIL  {title}: {found[title]}" if title in found else f"pass  {title}")
         for number, hint in enumerate(self.hints[:1] if len(found) == len(self.cases) else self.hints, 1):
-            print(f"Hint {number}: {hint}")
+            print(textwrap.fill(f"Hint {number}: {hint}", 88, subsequent_indent=8 * " "))
 
     def edited(self, old, new):
         """The solution's function after one edit of its text, to prove that the cases catch it."""
