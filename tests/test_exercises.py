@@ -36,7 +36,7 @@ def test_both_ways(ex, capsys):
     out = capsys.readouterr().out
     waiting = "1 case is" if len(ex.cases) == 1 else f"{len(ex.cases)} cases are"
     assert out.startswith(f"{ex.name}: not written yet. {waiting} waiting.\nHint 1: ")
-    assert out.count("\n") == 2
+    assert out.count("Hint") == 1, "the next one when the reader has begun"
     assert len(ex.bugs) >= 3
     assert len(ex.hints) >= 2
     assert ex.fn.__doc__
