@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 import kernels
+import kernels.__main__ as program
 from labkit import bench, record, trials
 from labkit.rules import changed
 from labkit.trials import CHANGED, TRIALS, Log, Trial, bench_case, measure, ruled_out
@@ -162,6 +163,61 @@ def test_outcomes(us, outcome, tally):
 def test_what_the_compiler_rules_out(gain, facts, outcome):
     log = log_of(replace(TRIALS[0], gain=gain), (10.0, 9.0), facts if "error" in facts else FACTS | facts)
     assert log.outcome(TRIALS[0].name) == outcome
+
+
+@pytest.fixture
+def tuning(monkeypatch, tmp_path):
+    """`make tune` over two trials on small sizes; returns a function that says which GPU there is."""
+    two = tuple(t for t in TRIALS if t.name in ("decode: 32 keys a tile", "flat GEMM: 16 tokens a tile for 8"))
+    monkeypatch.setattr(trials, "TRIALS", two)
+    monkeypatch.setattr(trials, "compile_trials", lambda: trials.load(trials.FILE))
+    monkeypatch.setattr(trials, "save", lambda compiled: None)
+    monkeypatch.setattr(trials, "bench_case", lambda trial, tiny=False: bench_case(trial, tiny=True))
+    monkeypatch.setattr(trials.Log.__init__, "__defaults__", (two, ""))
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench, "measure_ceilings", lambda topic, machine: [])
+
+    def timer(calls, graph=True):
+        calls[0]()
+        return lambda: [2.0, 2.0], "graph"
+
+    def use(name):
+        machine = name and bench.Machine(kernels.DEVICE, record.stamp(name), timer)
+        monkeypatch.setattr(bench, "this_gpu", lambda: machine)
+        monkeypatch.setattr(bench.timing, "num_copies", lambda size: 1)
+
+    return use
+
+
+def test_tune_on_a_gpu(tuning, tmp_path, capsys):
+    tuning("Test GPU")
+    assert program.main(["tune"]) == 0
+    rows = record.load(tmp_path / "test-gpu" / "trials.json")
+    assert [(row.case, row.provider, row.ran) for row in rows] == [
+        ("decode: 32 keys a tile", "flash_decoding", True),
+        ("decode: 32 keys a tile", CHANGED, True),
+        ("flat GEMM: 16 tokens a tile for 8", "flat_gemm", True),
+        ("flat GEMM: 16 tokens a tile for 8", CHANGED, True),
+    ]
+    assert capsys.readouterr().out.count("1.00, as predicted: a tie") == 2
+    assert program.main(["tune"]) == 0
+    assert len(record.load(tmp_path / "test-gpu" / "trials.json")) == 4, "measured again, not added"
+
+
+def test_tune_without_a_gpu(tuning, tmp_path, capsys):
+    tuning(None)
+    assert program.main(["tune"]) == 0
+    assert capsys.readouterr().out.count("| open") == 2
+    assert program.main(["tune", "--dry"]) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_tune_says_when_a_trial_is_wrong(tuning, monkeypatch, capsys):
+    tuning(None)
+    broken = replace(TRIALS[0], rules={SPLIT_CONFIG: {"BLOCK_N": 0}})
+    monkeypatch.setattr(trials, "TRIALS", (broken,))
+    assert program.main(["tune", "--dry"]) == 1
+    assert "changed not run" in capsys.readouterr().out
 
 
 def test_an_old_compilation_is_noticed():
