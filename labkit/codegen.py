@@ -390,13 +390,18 @@ def _unit(name):
     return re.sub(r"\.(?:F32|F16|BF16).*|\.gdesc", "", name)
 
 
+def kib(size):
+    """Bytes as KiB, three digits or two decimals: 71680 -> "70", 16 -> "0.02"."""
+    return f"{size / 1024:.3g}" if size >= 1024 else f"{size / 1024:.2f}"
+
+
 # What the texts speak of comes first and fits on a page; the rest is reached by scrolling.
 _COLUMNS = {
     "target": lambda r: f"{r['target']} ({ALL_TARGETS[r['target']].device})",
     "kernel": lambda r: r["kernel"].strip("_"),
     "registers": lambda r: r["registers"],
     "spills": lambda r: r["spills"],
-    "shared KiB": lambda r: f"{r['shared'] / 1024:.3g} of {r['shared_limit'] / 1024:.3g}",
+    "shared KiB": lambda r: f"{kib(r['shared'])} of {kib(r['shared_limit'])}",
     "128-bit loads": lambda r: f"{r['wide_share']:.0%}",
     "matrix instruction": lambda r: ", ".join(dict.fromkeys(map(_unit, r["matrix"]))) or "none",
     "programs / SM": lambda r: r["programs_per_sm"],
@@ -405,6 +410,11 @@ _COLUMNS = {
     "stages": lambda r: r["num_stages"],
     "blocks": lambda r: ", ".join(f"{k} {v}" for k, v in r["constexprs"].items()),
 }
+
+
+def _breakable(cell):
+    """HTML of a cell; an instruction may break after its name, and never within its shape."""
+    return re.sub(r"(?<=HGMMA\.)|(?<=UTCHMMA\.)|(?<=v_mfma_f32_)", "<wbr>", html.escape(cell))
 
 
 class Report:
@@ -443,7 +453,7 @@ class Report:
         parts = [f'<table class="lab-compiled"><thead><tr>{head}</tr></thead>']
         for case, lines in self._groups():
             title = f'<th colspan="{len(_COLUMNS)}" scope="rowgroup">{html.escape(case)}</th>'
-            cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in lines)
+            cells = ("".join(f"<td>{_breakable(cell)}</td>" for cell in line) for line in lines)
             parts.append(f"<tbody><tr>{title}</tr>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</tbody>")
         return "".join(parts) + "</table>"
 

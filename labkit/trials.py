@@ -297,7 +297,7 @@ def _difference(as_is, changed):
         return changed.get("error", "") or as_is["error"]
     arrow = "{} {} \N{RIGHTWARDS ARROW} {}"
     names = {"registers": "registers", "shared": "shared KiB", "programs_per_sm": "programs / SM"}
-    shown = [{**facts, "shared": f"{facts['shared'] / 1024:.3g}"} for facts in (as_is, changed)]
+    shown = [{**facts, "shared": codegen.kib(facts["shared"])} for facts in (as_is, changed)]
     changes = [key for key in names if as_is[key] != changed[key]]
     lines = [arrow.format(names[key], *(facts[key] for facts in shown)) for key in changes]
     return "\n".join(lines) or "the same resources"

@@ -1,7 +1,7 @@
 // Wide code, outputs and pictures scroll sideways: let the keyboard reach them, and fade what is cut off.
 document.addEventListener("DOMContentLoaded", () => {
   const wide = ".bd-article pre, .cell_output, .cell_output .text_html, .bd-article div.math, .lab-panel, " +
-    ".pst-scrollable-table-container";
+    ".pst-scrollable-table-container, .cell_output figure > a.image-reference";
   const look = (box) => {
     const hidden = box.scrollWidth - box.clientWidth;
     if (hidden > 1) box.tabIndex = 0;
