@@ -392,7 +392,7 @@ def _unit(name):
 
 def kib(size):
     """Bytes as KiB, three digits or two decimals: 71680 -> "70", 16 -> "0.02"."""
-    return f"{size / 1024:.3g}" if size >= 1024 else f"{size / 1024:.2f}"
+    return f"{size / 1024:.2f}" if 0 < size < 1024 else f"{size / 1024:.3g}"
 
 
 # What the texts speak of comes first and fits on a page; the rest is reached by scrolling.

@@ -187,6 +187,11 @@ def test_unit(name, shown):
     assert codegen._unit(name) == shown
 
 
+@pytest.mark.parametrize(("size", "shown"), [(71_680, "70"), (101_376, "99"), (16, "0.02"), (0, "0"), (232_448, "227")])
+def test_kib(size, shown):
+    assert codegen.kib(size) == shown
+
+
 def test_verdicts(compiled_once, monkeypatch, capsys):
     monkeypatch.setattr(codegen, "cases", lambda topic: [planted_case("sound")])
     codegen.verdicts("sound", ("sm_80", "gfx942"))
