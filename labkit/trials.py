@@ -106,8 +106,8 @@ TRIALS = (
     _gemv("8 rows a tile", (0.9, 1.05), "Twice the bytes on their way in each program, half as many programs.",
           {"BLOCK_N": 8}),
     _gemv("512 of K a tile", (0.9, 1.02), "Rows of 1 KiB instead of 2, and twice the turns.", {"BLOCK_K": 512}),
-    Trial("gate, up: 4 rows a tile", "fusion", "norm, gate, up, SwiGLU, M=1", (0.95, 1.08), "As many bytes on their "
-          "way as the GEMV has; x is read half as often.", rules={"kernels.fusion:gate_up_config": {"BLOCK_N": 4}}),
+    Trial("gate, up: 4 rows a tile", "fusion", "norm, gate, up, SwiGLU, M=1", (0.95, 1.08), "Twice the bytes on their "
+          "way in each program; x is read half as often.", rules={"kernels.fusion:gate_up_config": {"BLOCK_N": 4}}),
     Trial("norm: 16 warps, one token", "fusion", "add_rmsnorm [1, 4096]", (0.95, 1.1), "A single program: more warps "
           "ask for the row at once, and have more to sum up.", rules={"kernels.fusion:row_config": {"num_warps": 16}}),
     Trial("norm: 4 warps, 2,048 tokens", "fusion", "add_rmsnorm [2048, 4096]", (0.95, 1.05), "Enough rows to keep "
