@@ -44,9 +44,14 @@ def ops(topic):
     return importlib.import_module(f"kernels.{topic}")
 
 
+def check_only() -> bench.Machine:
+    """Where kernels run in this process, without a timer."""
+    return bench.Machine(kernels.DEVICE, record.stamp(kernels.DEVICE))
+
+
 def dry(names) -> int:
     """Check every case on tiny sizes. 1 if one of our kernels fails or a peer is wrong."""
-    machine, bad = bench.Machine(kernels.DEVICE, record.stamp(kernels.DEVICE)), 0
+    machine, bad = check_only(), 0
     for topic in names:
         for case in bench.topic_cases(topic, tiny=True):
             print(f"{topic}: {case.name}")
@@ -73,10 +78,8 @@ class Recording:
 
     def save(self, topic, rows):
         """Add rows to the topic's file; what is there of cases that no longer exist goes."""
-        path = self.folder / f"{topic}.json"
-        known = {case.name for case in self.cases[topic]} | {record.CEILING}
-        old = [row for row in record.load(path) if row.case in known] if path.exists() else []
-        record.save(record.update(old, [replace(row, topic=topic) for row in rows]), path)
+        names = [case.name for case in self.cases[topic]]
+        record.add([replace(row, topic=topic) for row in rows], self.folder / f"{topic}.json", names)
 
     def measure(self, topic, case):
         start = time.monotonic()
@@ -144,20 +147,21 @@ def record_topics(names, seconds=SECONDS) -> int:
 
 def tune(dry) -> int:
     """Compile all trials and, on a GPU, measure them. dry: check them on tiny sizes; 1 if one is wrong."""
-    machine = bench.Machine(kernels.DEVICE, record.stamp(kernels.DEVICE)) if dry else bench.this_gpu()
-    rows, path = [], None
+    machine = check_only() if dry else bench.this_gpu()
+    rows, path, names = [], None, [trial.name for trial in trials.TRIALS]
     if not dry:
-        trials.save(trials.compile_trials())
+        compiled = trials.compile_trials()
+        trials.save(compiled)
     if machine and not dry:
         path = record.RESULTS / record.slug(machine.shared["device"]) / "trials.json"
         rows = bench.measure_ceilings("trials", machine)
     for trial in trials.TRIALS if machine else ():
-        rows += trials.measure(trial, ops(trial.topic), machine, tiny=dry)
+        rows += trials.measure(trial, machine, tiny=dry)
         if path:
-            record.save(record.update(record.load(path) if path.exists() else [], rows), path)
+            record.add(rows, path, names)
         print(f"{trial.name}: " + "; ".join(f"{row.provider} {row.verdict}" for row in rows[-2:]), flush=True)
     if not dry:
-        print(trials.Log(trials.load(), rows, {trial.topic: ops(trial.topic) for trial in trials.TRIALS}))
+        print(trials.Log(compiled, rows))
     return int(any(not row.verdict.startswith("ok") for row in rows if row.case != record.CEILING))
 
 
@@ -177,7 +181,7 @@ def table(names) -> int:
     by_home = sorted(cases, key=lambda name: kernel_of(name).__module__ != name.partition(":")[0])
     for name in by_home:  # a function that two topics show stands once, where it is defined
         functions.setdefault(kernel_of(name), name)
-    machine = bench.Machine(kernels.DEVICE, record.stamp(kernels.DEVICE))
+    machine = check_only()
     for topic in topics("cases") if kernels.INTERPRETED else ():
         for case in bench.topic_cases(topic, tiny=True):
             name = functions.get(getattr(ops(topic), case.op))

@@ -7,6 +7,7 @@ import numpy as np
 
 from labkit.player import as_html
 from labkit.record import CEILING, Row
+from labkit.show import html_table
 from labkit.timing import MATMUL_FLOPS
 
 TIE = 0.02  # a smaller difference is no difference
@@ -190,12 +191,8 @@ class Comparison:
         for section in self._sections():
             head, *body = ([html.escape(cell) for cell in line] for line in self.table(section))
             parts.append(f"<p><strong>{html.escape(section)}</strong></p>" if section else "")
-            parts.append('<div style="overflow-x: auto"><table><thead><tr>')
-            parts += [f'<th scope="col">{cell}</th>' for cell in head]
-            parts.append("</tr></thead><tbody>")
-            for first, *cells in body:
-                parts.append(f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
-            parts.append(f"</tbody></table></div><p>{html.escape(self.summary(section))}</p>")
+            parts.append(f'<div style="overflow-x: auto">{html_table(head, body)}</div>')
+            parts.append(f"<p>{html.escape(self.summary(section))}</p>")
             notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes(section))
             parts.append(f"<ul>{notes}</ul>" if notes else "")
         parts.append(f"<p>{'<br>'.join(map(as_html, self.provenance()))}</p>")

@@ -13,6 +13,10 @@ import os
 import re
 from pathlib import Path
 
+import nbformat
+
+from labkit import notebooks
+
 BRANCH, FOLDER = "gh-pages", "launch"
 ADDRESS = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+")
 FIRST_CELL = """\
@@ -33,9 +37,7 @@ print(kernels.where())"""
 
 def notebook(path, repository: str):
     """The notebook at `path` with the first cell in front that clones `repository`, any address that git takes."""
-    import nbformat
-
-    copy = nbformat.read(path, as_version=4)
+    copy = notebooks.read(path)
     copy.cells.insert(0, nbformat.v4.new_code_cell(FIRST_CELL.format(repository=repository), id="launch"))
     return copy
 
@@ -62,11 +64,9 @@ def _buttons(config, repository):
 
 
 def _notebooks(app, repository):
-    import nbformat
-
     for name in sorted(app.env.found_docs):
         source = app.env.doc2path(name)
         if str(source).endswith(".ipynb"):
             target = Path(app.outdir, FOLDER, f"{name}.ipynb")
             target.parent.mkdir(parents=True, exist_ok=True)
-            nbformat.write(notebook(source, repository), target)
+            notebooks.write(notebook(source, repository), target)

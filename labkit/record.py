@@ -56,6 +56,11 @@ def stamp(device: str, driver: str = "") -> dict[str, str]:
     }
 
 
+def toolchain() -> dict[str, str]:
+    """Of `stamp`, what no device has a part in: versions, date and commit."""
+    return {key: value for key, value in stamp("").items() if key in ("torch", "triton", "date", "commit")}
+
+
 def version(package: str) -> str:
     """The installed version of a package, "none" if it is missing."""
     try:
@@ -111,6 +116,13 @@ def update(old: list[Row], new: list[Row]) -> list[Row]:
     rows = [row for row in old if row.case not in cases and row not in new] + new
     runs = {row.date for row in rows if row.case != CEILING}
     return [row for row in rows if row.case != CEILING or row.date in runs]
+
+
+def add(new: list[Row], path: Path, cases) -> None:
+    """Add rows to a file, which may not be there yet; what it holds of cases that are not among `cases` goes."""
+    known = {*cases, CEILING}
+    old = [row for row in load(path) if row.case in known] if path.exists() else []
+    save(update(old, new), path)
 
 
 def find(topic: str, gpu: str | None = None, results: Path | None = None) -> list[Row]:

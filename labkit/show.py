@@ -1,10 +1,21 @@
-"""`show(fn)`: code in a notebook comes from its source file, never from a pasted copy."""
+"""`show(fn)`: code in a notebook comes from its source file, never from a pasted copy. And tables as HTML."""
 
 import inspect
 import textwrap
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parent.parent
+
+
+def html_table(head, body, *, style="", columns=""):
+    """A table of cells that are HTML already; a line of the body begins with its heading. columns: its <colgroup>."""
+    heads = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    rows = "".join(
+        f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>"
+        for first, *rest in body
+    )
+    style = f' style="{style}"' if style else ""
+    return f"<table{style}>{columns}<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
 
 
 class Source:

@@ -9,13 +9,13 @@ compiler makes of it is known without a GPU, and settles some trials at once: wh
 
 import html
 import importlib
-import json
 from dataclasses import dataclass, field, replace
 
-from labkit import bench, codegen
+from labkit import bench, codegen, what_runs
 from labkit.comparison import Comparison
 from labkit.provenance import source_hash
-from labkit.record import RESULTS, stamp
+from labkit.record import RESULTS, toolchain
+from labkit.show import html_table
 
 FILE = RESULTS / "trials.json"
 TARGET = "sm_90"  # the GPU whose anchors the kernels are held against
@@ -151,9 +151,14 @@ def bench_case(trial, tiny=False):
     return replace(case, name=trial.name, section=trial.topic, peers={}, without={}, variants={CHANGED: variant})
 
 
+def ops_of(trial):
+    """The module with the kernels of the trial's topic, by its name: nothing here imports the kernels."""
+    return importlib.import_module(f"kernels.{trial.topic}")
+
+
 def function_of(trial):
     """The kernel that a trial is about, "module:name", where it is defined."""
-    kernel = getattr(importlib.import_module(f"kernels.{trial.topic}"), bench_case(trial, tiny=True).op)
+    kernel = getattr(ops_of(trial), bench_case(trial, tiny=True).op)
     return f"{kernel.__module__}:{kernel.__name__}"
 
 
@@ -182,8 +187,7 @@ def compile_trials(trials=TRIALS):
         case, changed = pairs[trial.name]
         rows[trial.name] = {"function": case.function, "case": case.name, "source_hash": digest(trial)}
         rows[trial.name] |= {"as_is": found[case.function, case.name], CHANGED: found[case.function, changed.name]}
-    versions = {key: value for key, value in stamp("").items() if key in ("torch", "triton", "date", "commit")}
-    return versions | {"target": TARGET, "trials": rows}
+    return toolchain() | {"target": TARGET, "trials": rows}
 
 
 def digest(trial):
@@ -193,12 +197,12 @@ def digest(trial):
 
 def save(compiled, path=FILE):
     """Write what `compile_trials` returned."""
-    path.write_text(json.dumps(compiled, indent=1) + "\n", encoding="utf-8")
+    what_runs.save(compiled, path)
 
 
 def load(path=FILE):
     """What `save` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return what_runs.load(path)
 
 
 def ruled_out(facts):
@@ -213,41 +217,49 @@ def ruled_out(facts):
 # ---- what was measured
 
 
-def measure(trial, ops, machine, tiny=False):
+def measure(trial, machine, tiny=False):
     """Check the trial's kernel with and without the change, and time both in turn; rows for the record."""
-    rows = bench.measure(trial.topic, bench_case(trial, tiny), ops, machine)
+    rows = bench.measure(trial.topic, bench_case(trial, tiny), ops_of(trial), machine)
     return [replace(row, topic="trials") for row in rows]
 
 
 class Log:
     """Every trial with its prediction, what the compiler made of it, and what was measured, if it was."""
 
-    def __init__(self, compiled, rows, ops, trials=TRIALS, gpu=""):
-        """compiled: from `load`. rows: measured, from `labkit.record`. ops: {topic: module with its kernels}."""
+    def __init__(self, compiled, rows, trials=None):
+        """compiled: from `load`. rows: measured, from `labkit.record`. trials: all of them if None."""
+        trials = TRIALS if trials is None else trials
         self.trials, self.compiled = {trial.name: trial for trial in trials}, compiled
         cases = [bench_case(trial) for trial in trials]
-        hashes = {k: v for case in cases for k, v in bench.hashes([case], ops[case.section]).items()}
-        self.measured = Comparison("trials", cases, rows, hashes)
+        hashes = [bench.hashes([case], ops_of(trial)) for trial, case in zip(trials, cases)]
+        self.measured = Comparison("trials", cases, rows, {key: one[key] for one in hashes for key in one})
         self.stale = [t.name for t in trials if compiled["trials"].get(t.name, {}).get("source_hash") != digest(t)]
 
     def gain(self, name):
         """Time as it is / time with the change; None where it was not measured."""
         return self.measured.ratio(name, self.measured.cases[name].op, CHANGED)
 
+    def foreseen(self, name):
+        """Whether it came as predicted; None while that is open."""
+        trial, gain = self.trials[name], self.gain(name)
+        out = bool(ruled_out(self.compiled["trials"][name][CHANGED]))
+        if out or trial.gain is None:
+            return out == (trial.gain is None)
+        least, most = trial.gain
+        return None if gain is None else least <= gain <= most
+
     def outcome(self, name):
         """What came of a trial, in words."""
-        trial, why = self.trials[name], ruled_out(self.compiled["trials"][name][CHANGED])
-        if why or trial.gain is None:
-            foreseen = "as predicted" if (trial.gain is None) == bool(why) else "not as predicted"
-            return f"{foreseen}: {why or 'the compiler has nothing against it'}"
-        gain = self.gain(name)
-        if gain is None:
+        foreseen, gain = self.foreseen(name), self.gain(name)
+        if foreseen is None:
             row = self.measured.row(name, CHANGED)
             return row.verdict if row else "open"
-        least, most = trial.gain
-        foreseen = "as predicted" if least <= gain <= most else "not as predicted"
+        words = "as predicted" if foreseen else "not as predicted"
+        why = ruled_out(self.compiled["trials"][name][CHANGED])
+        if why or self.trials[name].gain is None:
+            return f"{words}: {why or 'the compiler has nothing against it'}"
         tie = self.measured.is_tie(name, CHANGED)
-        return f"{gain:.2f}, {foreseen}: {'a tie' if tie else 'faster' if gain > 1 else 'slower'}"
+        return f"{gain:.2f}, {words}: {'a tie' if tie else 'faster' if gain > 1 else 'slower'}"
 
     def lines(self, topic):
         """Header and a line a trial of the topic: change and case, reason, prediction, compiled, outcome."""
@@ -266,28 +278,22 @@ class Log:
 
     def tally(self):
         """{"as predicted" | "not as predicted" | "open": how many}"""
-        words = [self.outcome(name) for name in self.trials]
-        wrong = sum("not as predicted" in text for text in words)
-        right = sum("as predicted" in text for text in words) - wrong
-        return {"as predicted": right, "not as predicted": wrong, "open": len(words) - right - wrong}
+        found = [self.foreseen(name) for name in self.trials]
+        words = {"as predicted": True, "not as predicted": False, "open": None}
+        return {word: found.count(value) for word, value in words.items()}
 
     def __repr__(self):
         lines = [line for topic in self.topics() for line in self.lines(topic)]
         return "\n".join(" | ".join(cell.replace("\n", ", ") for cell in line) for line in lines)
 
     def _repr_html_(self):
-        columns = "".join(f'<col style="width: {width}%">' for width in (25, 30, 12, 20, 13))
+        widths = "".join(f'<col style="width: {width}%">' for width in (25, 30, 12, 20, 13))
+        style = "white-space: normal; table-layout: fixed; width: 100%; min-width: 40rem"
         parts = []
         for topic in self.topics():
             head, *body = ([html.escape(cell).replace("\n", "<br>") for cell in line] for line in self.lines(topic))
-            heads = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-            rows = "".join(
-                f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>"
-                for first, *rest in body
-            )
-            style = "white-space: normal; table-layout: fixed; width: 100%; min-width: 40rem"
-            parts.append(f'<p><strong>{topic}</strong></p><table style="{style}"><colgroup>{columns}</colgroup>')
-            parts.append(f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>")
+            table = html_table(head, body, style=style, columns=f"<colgroup>{widths}</colgroup>")
+            parts.append(f"<p><strong>{topic}</strong></p>{table}")
         return "".join(parts)
 
 

@@ -10,7 +10,8 @@ import json
 
 from labkit import codegen
 from labkit.provenance import source_hash
-from labkit.record import RESULTS, stamp
+from labkit.record import RESULTS, toolchain
+from labkit.show import html_table
 
 FILE = RESULTS / "compiled.json"
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
@@ -47,8 +48,7 @@ def compile_table(cases, interpreted, targets=TARGETS):
                 "compiles": all("error" not in kernel for kernel in made),
             }
         rows.append(row)
-    versions = {key: value for key, value in stamp("").items() if key in ("torch", "triton", "date", "commit")}
-    return versions | {"targets": list(targets), "rows": rows}
+    return toolchain() | {"targets": list(targets), "rows": rows}
 
 
 def save(table, path=FILE):
@@ -124,9 +124,4 @@ class Table:
             return f"{html.escape(above)}<br>{html.escape(below)}"
 
         head, *body = ([pair(*texts) for texts in line] for line in self.lines())
-        heads = "".join(f'<th scope="col">{text}</th>' for text in head)
-        rows = "".join(
-            f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{text}</td>" for text in rest) + "</tr>"
-            for first, *rest in body
-        )
-        return f'<table style="white-space: normal"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
+        return html_table(head, body, style="white-space: normal")

@@ -102,7 +102,7 @@ def test_trials_stay_right(topic, device):
     machine = bench.Machine(device, record.stamp(device))
     for trial in TRIALS:
         if trial.topic == topic:
-            for row in measure(trial, ops(topic), machine, tiny=True):
+            for row in measure(trial, machine, tiny=True):
                 assert row.verdict.startswith("ok"), f"{trial.name}, {row.provider}: {row.verdict}"
                 assert row.case == trial.name
                 assert row.topic == "trials"
@@ -111,7 +111,7 @@ def test_trials_stay_right(topic, device):
 def test_a_trial_that_breaks_the_kernel_is_not_timed(device):
     """A tile of 0 keys does not run; the verdict says so, and the kernel as it is is judged all the same."""
     trial = Trial("t", "flash_decoding", "Llama-3-8B B=1 L=1024", (1.0, 2.0), "-", rules={SPLIT_CONFIG: {"BLOCK_N": 0}})
-    as_is, broken = measure(trial, ops("flash_decoding"), bench.Machine(device, record.stamp(device)), tiny=True)
+    as_is, broken = measure(trial, bench.Machine(device, record.stamp(device)), tiny=True)
     assert as_is.verdict.startswith("ok")
     assert broken.verdict.startswith("not run")
 
@@ -129,7 +129,7 @@ def log_of(trial, us=(), facts=FACTS):
         shared = {**record.stamp("GPU"), "source_hash": hashes[case.name, provider]}
         rows.append(record.Row("trials", case.name, provider, True, [time] * 5, 1, 0.0, "ok: -", "graph", **shared))
     compiled = {"trials": {trial.name: {"as_is": FACTS, CHANGED: facts, "source_hash": trials.digest(trial)}}}
-    return Log(compiled, rows, {trial.topic: ops(trial.topic)}, [trial])
+    return Log(compiled, rows, [trial])
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,6 @@ def tuning(monkeypatch, tmp_path):
     monkeypatch.setattr(trials, "compile_trials", lambda: trials.load(trials.FILE))
     monkeypatch.setattr(trials, "save", lambda compiled: None)
     monkeypatch.setattr(trials, "bench_case", lambda trial, tiny=False: bench_case(trial, tiny=True))
-    monkeypatch.setattr(trials.Log.__init__, "__defaults__", (two, ""))
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setattr(bench, "measure_ceilings", lambda topic, machine: [])
 
@@ -223,7 +222,7 @@ def test_tune_says_when_a_trial_is_wrong(tuning, monkeypatch, capsys):
 def test_an_old_compilation_is_noticed():
     trial = TRIALS[0]
     log = log_of(trial)
-    other = Log(log.compiled, [], {trial.topic: ops(trial.topic)}, [replace(trial, rules={SPLIT_CONFIG: {"BLOCK_N": 99}})])
+    other = Log(log.compiled, [], [replace(trial, rules={SPLIT_CONFIG: {"BLOCK_N": 99}})])
     assert other.stale == [trial.name]
 
 
