@@ -41,6 +41,14 @@ def _properties_of(device: int) -> dict:
     return triton.runtime.driver.active.utils.get_device_properties(device)
 
 
+def has_tma() -> bool:
+    """Whether the current device fetches tiles by descriptor: NVIDIA's Tensor Memory Accelerator, from Hopper on."""
+    if INTERPRETED:
+        return True
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 90
+
+
 def splits_or_default(num_splits: int | None, num_tiles: int, max_kv_len: int, head_dim: int) -> int:
     """num_splits, or where it is None the rule's choice for num_tiles programs a split on the current device."""
     if num_splits is None:
@@ -75,15 +83,16 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(s, m, l):
+def softmax_step(s, m, l, qk_scale):
     """One step of the online softmax (Milakov & Gimelshein 2018, Algorithm 3), in powers of two.
 
-    s [M, N] scores times log2(e), -inf where masked; m, l [M] running maximum and denominator.
+    s [M, N] scores, -inf where masked; qk_scale > 0: log2(e) times the scale of the scores; m, l [M] running maximum
+    of the scaled scores, and denominator.
     Returns p [M, N], alpha [M] (what the accumulator has to be multiplied with), and the new m and l.
     """
-    m_new = tl.maximum(m, tl.max(s, 1))
+    m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)  # the largest stays the largest under a positive scale
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen so far: exp2(-inf - 0) is 0, not NaN
-    p = tl.exp2(s - m_safe[:, None])
+    p = tl.exp2(tl.fma(s, qk_scale, -m_safe[:, None]))  # scaled and subtracted by one instruction a score
     alpha = tl.exp2(m - m_safe)
     return p, alpha, m_new, l * alpha + tl.sum(p, 1)
 
@@ -94,10 +103,10 @@ def attend_tile(q, k, v, valid, m, l, acc, qk_scale, MASKED: tl.constexpr):
 
     q [M, D]; k, v [N, D]; valid [M, N] or [1, N], True where a key is kept (read only if MASKED); m, l [M]; acc [M, D].
     """
-    s = dot(q, tl.trans(k)) * qk_scale
+    s = dot(q, tl.trans(k))
     if MASKED:
         s = tl.where(valid, s, float("-inf"))
-    p, alpha, m, l = softmax_step(s, m, l)
+    p, alpha, m, l = softmax_step(s, m, l, qk_scale)
     acc = acc * alpha[:, None] + dot(cast(p, v.dtype), v)
     return m, l, acc
 

@@ -8,41 +8,54 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._tile import LOG2E, attend_tile, block_dim, cast, device_properties, finish
+from kernels._tile import LOG2E, attend_tile, block_dim, cast, device_properties, finish, has_tma
 from labkit import args
 
 
 @triton.jit
+def _load_tile(
+    source, stride_n, stride_d, first, end,  # one head's rows [L, D]
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Rows [first, first + BLOCK_N): [BLOCK_N, BLOCK_D]. Where there is nothing (from `end` on if MASKED) it has zeros.
+
+    source: with TMA a descriptor, which knows its own bounds and strides; else a pointer.
+    """
+    if TMA:
+        tile = source.load([first, 0])
+    else:
+        offs_n = tl.arange(0, BLOCK_N)
+        offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+        mask_d = (offs_d < HEAD_DIM)[None, :]
+        rows = (first + offs_n).to(tl.int64)[:, None]
+        ptrs = source + rows * stride_n + offs_d[None, :] * stride_d
+        if MASKED:
+            tile = tl.load(ptrs, mask=(rows < end) & mask_d, other=0.0)
+        elif BLOCK_D == HEAD_DIM:
+            tile = tl.load(ptrs)
+        else:
+            tile = tl.load(ptrs, mask=mask_d, other=0.0)
+    return tile
+
+
+@triton.jit
 def _walk(
-    q, k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,  # [BLOCK_M, D]; [L, D] of one head
+    q, k, stride_kn, stride_kd, v, stride_vn, stride_vd,  # [BLOCK_M, D]; [L, D] of one head, as for _load_tile
     start, end, position, window, num_sinks, m, l, acc, qk_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Attend to the keys [start, end); start is a multiple of BLOCK_N. Without MASKED every query sees all of them."""
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-    mask_d = (offs_d < HEAD_DIM)[None, :]
     for first in range(start, end, BLOCK_N):
-        key = first + offs_n
-        rows = key.to(tl.int64)[:, None]
-        k_ptrs = k_ptr + rows * stride_kn + offs_d[None, :] * stride_kd
-        v_ptrs = v_ptr + rows * stride_vn + offs_d[None, :] * stride_vd
-        keep = (key < end)[None, :]  # end <= kv_len
-        if MASKED:
-            mask_kv = (key < end)[:, None] & mask_d
-            k = tl.load(k_ptrs, mask=mask_kv, other=0.0)
-            v = tl.load(v_ptrs, mask=mask_kv, other=0.0)
-            if CAUSAL:
-                keep = keep & (key[None, :] <= position[:, None])
-            if WINDOW:
-                keep = keep & ((key[None, :] > position[:, None] - window) | (key < num_sinks)[None, :])
-        elif BLOCK_D == HEAD_DIM:
-            k, v = tl.load(k_ptrs), tl.load(v_ptrs)
-        else:
-            k = tl.load(k_ptrs, mask=mask_d, other=0.0)
-            v = tl.load(v_ptrs, mask=mask_d, other=0.0)
-        m, l, acc = attend_tile(q, k, v, keep, m, l, acc, qk_scale, MASKED)
+        key = (first + tl.arange(0, BLOCK_N))[None, :]
+        keep = key < end  # end <= kv_len
+        if MASKED and CAUSAL:
+            keep = keep & (key <= position[:, None])
+        if MASKED and WINDOW:
+            keep = keep & ((key > position[:, None] - window) | (key < num_sinks))
+        k_tile = _load_tile(k, stride_kn, stride_kd, first, end, HEAD_DIM, BLOCK_D, BLOCK_N, MASKED, TMA)
+        v_tile = _load_tile(v, stride_vn, stride_vd, first, end, HEAD_DIM, BLOCK_D, BLOCK_N, MASKED, TMA)
+        m, l, acc = attend_tile(q, k_tile, v_tile, keep, m, l, acc, qk_scale, MASKED)
     return m, l, acc
 
 
@@ -55,7 +68,7 @@ def _attention_kernel(
     o_ptr, stride_ob, stride_ot, stride_oh, stride_od,  # [B, T, Hq, D] out
     q_len, max_kv_len, group, window, num_sinks, qk_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_LENS: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_LENS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     # The last tiles see the most keys under a causal mask: start them first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -71,8 +84,12 @@ def _attention_kernel(
     rows = row.to(tl.int64)[:, None]
     q_ptrs = q_ptr + pid_b * stride_qb + rows * stride_qt + head * stride_qh + offs_d[None, :] * stride_qd
     q = tl.load(q_ptrs, mask=mask_q, other=0.0)
-    k_ptr += pid_b * stride_kb + head // group * stride_kh
-    v_ptr += pid_b * stride_vb + head // group * stride_vh
+    k = k_ptr + pid_b * stride_kb + head // group * stride_kh
+    v = v_ptr + pid_b * stride_vb + head // group * stride_vh
+    if TMA:  # rows from kv_len on and columns from HEAD_DIM on are read as 0; a tensor without rows is none
+        shape = [tl.maximum(kv_len, 1), HEAD_DIM]
+        k = tl.make_tensor_descriptor(k, shape, [stride_kn, 1], [BLOCK_N, BLOCK_D])
+        v = tl.make_tensor_descriptor(v, shape, [stride_vn, 1], [BLOCK_N, BLOCK_D])
 
     offset = kv_len - q_len  # bottom-right: query i sits at key i + offset; below 0 it sees nothing
     position = row + offset
@@ -88,17 +105,17 @@ def _attention_kernel(
         start = tl.minimum(tl.maximum(first_position - window + 1, 0), end) // BLOCK_N * BLOCK_N
         full_end = start
         m, l, acc = _walk(
-            q, k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd, 0, tl.minimum(num_sinks, start),
-            position, window, num_sinks, m, l, acc, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, True, True,
+            q, k, stride_kn, stride_kd, v, stride_vn, stride_vd, 0, tl.minimum(num_sinks, start),
+            position, window, num_sinks, m, l, acc, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, True, True, TMA,
         )  # fmt: skip
     else:
         m, l, acc = _walk(
-            q, k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd, 0, full_end,
-            position, window, num_sinks, m, l, acc, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, False, False,
+            q, k, stride_kn, stride_kd, v, stride_vn, stride_vd, 0, full_end,
+            position, window, num_sinks, m, l, acc, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, False, False, TMA,
         )  # fmt: skip
     m, l, acc = _walk(
-        q, k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd, full_end, end,
-        position, window, num_sinks, m, l, acc, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, True,
+        q, k, stride_kn, stride_kd, v, stride_vn, stride_vd, full_end, end,
+        position, window, num_sinks, m, l, acc, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, True, TMA,
     )  # fmt: skip
     o, _ = finish(m, l, acc)
     o_ptrs = o_ptr + pid_b * stride_ob + rows * stride_ot + head * stride_oh + offs_d[None, :] * stride_od
@@ -110,7 +127,8 @@ def attention_config(dtype: torch.dtype, head_dim: int) -> dict:
     block_d = block_dim(head_dim)
     room = device_properties()["max_shared_mem"]
     if dtype == torch.float32:
-        block_m, block_n, num_warps, num_stages = (32, 32, 4, 2) if block_d <= 64 else (16, 16, 4, 2)
+        block_m, num_warps, num_stages = 32 if block_d <= 64 else 16, 4, 2 if block_d <= 128 else 1
+        block_n = block_m
     elif room < 128 * 1024:
         block_m, block_n, num_warps, num_stages = 64, 32, 8 if block_d == 128 else 4, 2
     elif block_d <= 128:
@@ -118,6 +136,29 @@ def attention_config(dtype: torch.dtype, head_dim: int) -> dict:
     else:
         block_m, block_n, num_warps, num_stages = 64, 64, 8, 2
     return dict(BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)
+
+
+def prefill_config(dtype: torch.dtype, head_dim: int, readable: bool) -> dict:
+    """`attention_config`, and larger tiles where the TMA fetches K and V. readable: `tma_can_read` both.
+
+    Nobody computes addresses then, and the registers that held them hold scores.
+    """
+    config = attention_config(dtype, head_dim) | {"TMA": readable and dtype != torch.float32 and has_tma()}
+    if config["TMA"] and config["BLOCK_D"] >= 128 and device_properties()["max_shared_mem"] > 200_000:
+        config |= {"BLOCK_M": 128, "BLOCK_N": 128 if config["BLOCK_D"] == 128 else 64, "num_stages": 2}
+    return config
+
+
+def tma_can_read(x) -> bool:
+    """Whether x [B, L, H, D] suits the TMA: D contiguous, every row at a multiple of 16 bytes, and rows apart."""
+    *outer, inner = x.stride()
+    places = [x.data_ptr(), *(stride * x.element_size() for stride in outer)]
+    return inner == 1 and outer[1] > 0 and all(place % 16 == 0 for place in places)
+
+
+def _scratch(size: int, alignment: int, stream: int | None):
+    """Memory on the device for a launch's descriptors, which its programs write themselves."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def attention(q, k, v, *, causal=True, window=None, num_sinks=0, sm_scale=None, kv_lens=None):
@@ -135,7 +176,9 @@ def attention(q, k, v, *, causal=True, window=None, num_sinks=0, sm_scale=None, 
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
     if o.numel() == 0:
         return o
-    config = attention_config(q.dtype, head_dim)
+    config = prefill_config(q.dtype, head_dim, tma_can_read(k) and tma_can_read(v))
+    if config["TMA"]:
+        triton.set_allocator(_scratch)
     _attention_kernel[(triton.cdiv(q_len, config["BLOCK_M"]), num_q_heads, batch)](
         q, *q.stride(), k, *k.stride(), v, *v.stride(), q if kv_lens is None else kv_lens.contiguous(), o, *o.stride(),
         q_len, max_kv_len, num_q_heads // num_kv_heads, window or 0, num_sinks,

@@ -101,8 +101,8 @@ def _sink_split_kernel(
         k_a, k_b = _load_rotated(k_ptrs, stride_kd, k_cos, k_sin, mask_k, mask_k, HALF)
         v_ptrs = v_ptr + slot * stride_vn + offs_d[None, :] * stride_vd
         v = tl.load(v_ptrs, mask=mask_n[:, None] & mask_d[None, :], other=0.0)
-        s = (dot(q_a, tl.trans(k_a)) + dot(q_b, tl.trans(k_b))) * qk_scale
-        p, alpha, m, l = softmax_step(tl.where(mask_n[None, :], s, float("-inf")), m, l)
+        s = dot(q_a, tl.trans(k_a)) + dot(q_b, tl.trans(k_b))
+        p, alpha, m, l = softmax_step(tl.where(mask_n[None, :], s, float("-inf")), m, l, qk_scale)
         acc = acc * alpha[:, None] + dot(cast(p, v.dtype), v)
     o, lse = finish(m, l, acc)
 

@@ -117,6 +117,12 @@ def best_matrix(target, rows, dtype):
     return "HMMA"
 
 
+def serialised(row):
+    """Whether ptxas gave up keeping several of Hopper's matrix instructions (wgmma) under way: it waits after each."""
+    count = sum(n for name, n in row["matrix"].items() if name.startswith("HGMMA"))
+    return row["waits"] >= count > 0 and any(k > 16 for _, _, k, _ in row["dots"])  # 16 of k: one instruction
+
+
 def problems(case, row):
     """Return what is wrong with one compiled kernel, as a list of sentences; empty: it passes the gate."""
     if "error" in row:
@@ -132,6 +138,8 @@ def problems(case, row):
         found.append(f"only {row['wide_share']:.0%} of the bytes it loads come in 128-bit loads")
     if any("TF32" in name or "xf32" in name for name in row["matrix"]):
         found.append("multiplies fp32 as TF32")
+    if serialised(row):
+        found.append("waits for every wgmma before it starts the next")
     if row["kernel"] in case.matrix:
         if not row["dots"]:
             found.append("has no dot, a matrix instruction is expected")
@@ -150,8 +158,9 @@ def compiled(some_cases, targets=TARGETS):
     """Return one dict for every case, target and kernel launched, compiling what is not in the cache yet.
 
     Keys: case, function, target, kernel, constexprs, num_warps, num_stages, registers, spills, stack, shared,
-    shared_limit (bytes), loads {bits: count}, wide_share, matrix {instruction: count}, dots [[m, n, k, dtype]],
-    programs_per_sm (an estimate). A case that does not compile gives one dict with the key "error".
+    shared_limit (bytes), loads {bits: count}, loops [[instructions, bytes that a thread loads] a turn] (of NVIDIA's),
+    wide_share, matrix {instruction: count}, waits (for wgmma), dots [[m, n, k, dtype]], programs_per_sm (an
+    estimate). A case that does not compile gives one dict with the key "error".
     """
     sources = {name: source_hash(name, "labkit.codegen:_compile_case") for name in {c.function for c in some_cases}}
     files = {
@@ -333,21 +342,58 @@ def _nvidia_facts(cubin):
 
         usage, sass = read("cuobjdump", "-res-usage"), read("nvdisasm", "-c", "-ndf")
     loads = {}
-    for name, count in _count(r"\b(?:LDGSTS|LDG|UTMALDG|UBLKCP)\b[.\w]*", sass).items():
-        if name.startswith("U"):
-            # TMA: the hardware fetches whole tiles
-            width = "128"
-        else:
-            width = re.search(r"\.(256|128|64|[US]?16|[US]?8)\b", name)
-            width = width[1].lstrip("US") if width else "32"
-        loads[width] = loads.get(width, 0) + count
+    for name, count in _count(_LOAD, sass).items():
+        loads[_width(name)] = loads.get(_width(name), 0) + count
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         "loads": loads,
+        "loops": _loops(sass),
+        "waits": len(re.findall(r"\bWARPGROUP\.DEPBAR\b", sass)),
         "matrix": _count(r"\b(?:HMMA|IMMA|DMMA|QMMA|HGMMA|UTC\w*MMA)\b[.\w]*", sass),
     }
+
+
+_LOAD = r"\b(?:LDGSTS|LDG|UTMALDG|UBLKCP)\b[.\w]*"
+
+
+def _width(load):
+    """Bits of a load instruction, as text. TMA: the hardware fetches whole tiles."""
+    width = re.search(r"\.(256|128|64|[US]?16|[US]?8)\b", load)
+    return "128" if load.startswith("U") else width[1].lstrip("US") if width else "32"
+
+
+def _loops(sass):
+    """[instructions, bytes that a thread loads] of a turn of every innermost loop that loads from global memory.
+
+    0 bytes: its tiles are fetched by the TMA.
+    """
+    labels, code, spans = {}, [], []
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif re.match(r"\s*/\*[0-9a-f]+\*/", line):
+            code.append(line)
+            jump = re.search(r"\bBRA\b.*(\.L_x_\d+)", line)
+            if jump and jump[1] in labels:  # backwards
+                spans.append((labels[jump[1]], len(code)))
+    inner = [(a, b) for a, b in spans if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in spans)]
+    found = []
+    for body in ("\n".join(code[a:b]) for a, b in inner):
+        sizes = [int(_width(load)) // 8 for load in re.findall(_LOAD, body)]
+        if sizes:
+            found.append([body.count("\n") + 1, 0 if "UTMALDG" in body else sum(sizes)])
+    return found
+
+
+def per_byte(row):
+    """Instructions a byte of the loops that load most: one number a loop, in order; [] if none is known.
+
+    A thread's instructions over the bytes that it loads. Loops that load less than half as much are not counted.
+    """
+    most = max((size for _, size in row["loops"]), default=0)
+    return [count / size for count, size in row["loops"] if size and 2 * size >= most]
 
 
 def _amd_facts(text):
@@ -365,6 +411,8 @@ def _amd_facts(text):
         # a spilled scalar register goes to a lane of a vector register, not to memory
         "spills": field("vgpr_spill_count"),
         "loads": loads,
+        "loops": [],
+        "waits": 0,
         "matrix": _count(r"\bv_mfma_\w+", text),
     }
 
@@ -403,6 +451,7 @@ _COLUMNS = {
     "spills": lambda r: r["spills"],
     "shared KiB": lambda r: f"{kib(r['shared'])} of {kib(r['shared_limit'])}",
     "128-bit loads": lambda r: f"{r['wide_share']:.0%}",
+    "instructions / byte": lambda r: ", ".join(f"{x:.1f}" for x in per_byte(r)) or "-",
     "matrix instruction": lambda r: ", ".join(dict.fromkeys(map(_unit, r["matrix"]))) or "none",
     "programs / SM": lambda r: r["programs_per_sm"],
     "verdict": lambda r: "; ".join(r["problems"]) or "passes",

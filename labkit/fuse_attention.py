@@ -178,6 +178,8 @@ class AttentionRules(Rewriter):
         scored = self._scores(qk)
         if scored is None:
             return False
+        if not 0 < scale < float("inf"):
+            raise Refused(f"the scores are scaled by {scale}, the kernel wants a positive number")
         q, k, q_axes, k_axes = scored
         inside.add(qk)
         k, k_axes = self._unrepeated(k, k_axes, inside)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from labkit import args, bench, check, codegen, peers, player, trace
-from labkit.attention import attention, decode_attention  # noqa: F401  (attention: prefill is timed too)
+from labkit.attention import attention, decode_attention
 from labkit.conversion import experiments, pool_kv_heads  # noqa: F401  (part of this topic's public names)
 from labkit.flash_decoding import decode_case
 from labkit.gpus import GPUS
@@ -259,6 +259,7 @@ PUBLISHED = {
 HEADS = "32 query heads, batch 16, 4096 keys, bf16"
 SHORT = "Batch 1, 1024 keys: too small to matter"
 PREFILL = "Prefill: 2048 tokens, 32 query heads, bf16"
+LONG = "Prefill of a long prompt: 16,384 tokens, 32 query heads, bf16"
 VARIANTS = {"expanded": {"heads": 1}}
 
 
@@ -302,9 +303,16 @@ PREFILL_PEERS = {
 }
 
 
-def prefill_case(num_kv_heads, tiny=False):
-    """Causal attention of 2,048 tokens by 32 query heads on num_kv_heads KV heads, bf16."""
-    q_len, num_q_heads, head_dim = (70, 4, 64) if tiny else (2048, 32, 128)
+def attention_by_head(q, k, v):
+    """`attention`, one KV head after another: all scores of a long prompt at once would not fit."""
+    group = q.shape[2] // k.shape[2]
+    heads = zip(q.split(group, 2), k.split(1, 2), v.split(1, 2))
+    return torch.cat([attention(*head) for head in heads], 2)
+
+
+def prefill_case(num_kv_heads, tiny=False, length=2048, **given):
+    """Causal attention of a prompt by 32 query heads on num_kv_heads KV heads, bf16."""
+    q_len, num_q_heads, head_dim = (70, 4, 64) if tiny else (length, 32, 128)
     num_kv_heads_ = max(1, num_kv_heads * num_q_heads // 32)
 
     def make(generator, device):
@@ -312,10 +320,11 @@ def prefill_case(num_kv_heads, tiny=False):
         options = dict(generator=generator, device=device, dtype=BF16)
         return {name: torch.randn(1, q_len, heads, head_dim, **options) for name, heads in shapes.items()}
 
+    given = dict(name=f"prefill, {num_kv_heads} KV heads", section=PREFILL) | given
     return bench.Case(
-        f"prefill, {num_kv_heads} KV heads", "attention", make, section=PREFILL, peers=PREFILL_PEERS,
+        op="attention", make=make, peers=PREFILL_PEERS,
         bytes=4 * q_len * head_dim * (num_q_heads + num_kv_heads_),
-        flops=2 * q_len * (q_len + 1) * num_q_heads * head_dim,  # the half below the diagonal
+        flops=2 * q_len * (q_len + 1) * num_q_heads * head_dim, **given,  # the half below the diagonal
     )  # fmt: skip
 
 
@@ -330,7 +339,8 @@ def cases(tiny=False) -> list[bench.Case]:
             options = dict(op="gqa_decoding", section=section, tiny=tiny, variants=VARIANTS, without=without)
             case = decode_case(name, batch, kv_len, 32, heads, BF16, **options)
             result.append(replace(case, peers=peers.DECODE | {"SDPA flash, repeated": repeated_sdpa}))
-    return result + [prefill_case(heads, tiny) for heads in (32, 8, 1)]
+    long = dict(name="prefill, 16,384 tokens", section=LONG, reference="attention_by_head", length=16384)
+    return result + [prefill_case(heads, tiny) for heads in (32, 8, 1)] + [prefill_case(8, tiny, **long)]
 
 
 def codegen_cases() -> list[codegen.Case]:

@@ -22,6 +22,7 @@ TARGET = "sm_90"  # the GPU whose anchors the kernels are held against
 CHANGED = "changed"
 BLOCKS = ("constexprs", "num_warps", "num_stages")
 FACTS = ("kernel", *BLOCKS, "registers", "spills", "shared", "shared_limit", "programs_per_sm")
+FACTS += ("loops", "waits", "matrix", "dots")
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,9 @@ def _gemv(name, gain, because, values):
 
 
 def _prefill(name, gain, because, values):
-    rules = {"kernels.attention:attention_config": values}
-    return Trial(f"prefill: {name}", "gqa", "prefill, 8 KV heads", gain, because, {}, rules, "bfloat16, head_dim 128")
+    rules = {"kernels.attention:prefill_config": values}
+    case, compiled = "prefill, 16,384 tokens", "bfloat16, head_dim 128"
+    return Trial(f"prefill: {name}", "gqa", case, gain, because, {}, rules, compiled)
 
 
 TRIALS = (
@@ -135,9 +137,14 @@ TRIALS = (
           rules={"kernels.streaming_llm:sink_config": {"BLOCK_N": 64}}),
     _prefill("4 warps", None, "A tile of 128 queries and 128 numbers each, in fp32, is 128 registers a thread before "
              "anything else.", {"num_warps": 4}),
-    _prefill("128 keys a tile", (0.9, 1.1), "Longer products for the matrix unit; the scores take twice the "
-             "registers.", {"BLOCK_N": 128}),
-    _prefill("two stages", (0.85, 1.0), "The next tile is asked for later.", {"num_stages": 2}),
+    _prefill("without the TMA", (0.75, 0.95), "Addresses take instructions and registers: tiles of 64 keys instead of "
+             "128, and 1.6 times the instructions for a key.", {"TMA": False, "BLOCK_N": 64, "num_stages": 3}),
+    _prefill("64 keys a tile", (0.8, 0.97), "The output is rescaled for every tile, so twice as often, and the two "
+             "halves of the program meet twice as often.", {"BLOCK_N": 64}),
+    _prefill("64 queries a tile", (0.6, 0.9), "Every key is fetched twice as often: more than the L2 cache delivers.",
+             {"BLOCK_M": 64, "num_warps": 4}),
+    _prefill("three stages", (0.97, 1.03), "One tile of 128 keys takes longer to compute than to fetch.",
+             {"num_stages": 3}),
     Trial("ragged: 64 keys a tile", "batching", "32 decodes + chunk of 512", (0.9, 1.1), "Pages of 16 keys: a tile of "
           "64 has four ids. Fewer turns, more addresses.",
           rules={"kernels.batching:ragged_config": {"BLOCK_N": 64}}),
@@ -211,7 +218,9 @@ def ruled_out(facts):
         return "does not compile"
     if facts["shared"] > facts["shared_limit"]:
         return f"needs {facts['shared']:,} bytes of shared memory, there are {facts['shared_limit']:,}"
-    return f"spills ({facts['spills']} spilled loads and stores)" if facts["spills"] else ""
+    if facts["spills"]:
+        return f"spills ({facts['spills']} spilled loads and stores)"
+    return "waits for every wgmma before it starts the next" if codegen.serialised(facts) else ""
 
 
 # ---- what was measured
@@ -297,13 +306,21 @@ class Log:
         return "".join(parts)
 
 
+def main_loop(facts):
+    """Instructions a byte of the first loop, as text: a loop over whole tiles comes before the rest. "-": the TMA's."""
+    return next((f"{count:.1f}" for count in codegen.per_byte(facts)), "-")
+
+
 def _difference(as_is, changed):
     """What the change did to the compiled kernel, a line each: "registers 87 -> 128", "programs / SM 3 -> 1"."""
     if "error" in as_is or "error" in changed:
         return changed.get("error", "") or as_is["error"]
     arrow = "{} {} \N{RIGHTWARDS ARROW} {}"
     names = {"registers": "registers", "shared": "shared KiB", "programs_per_sm": "programs / SM"}
-    shown = [{**facts, "shared": codegen.kib(facts["shared"])} for facts in (as_is, changed)]
-    changes = [key for key in names if as_is[key] != changed[key]]
+    names |= {"per_byte": "instructions / byte"}
+    shown = [
+        {**facts, "shared": codegen.kib(facts["shared"]), "per_byte": main_loop(facts)} for facts in (as_is, changed)
+    ]
+    changes = [key for key in names if shown[0][key] != shown[1][key]]
     lines = [arrow.format(names[key], *(facts[key] for facts in shown)) for key in changes]
     return "\n".join(lines) or "the same resources"

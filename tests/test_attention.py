@@ -34,32 +34,49 @@ CASES = {
 }
 
 
-def tensors(q_len, max_kv_len, num_q_heads, num_kv_heads, head_dim, dtype, given, device, strided=False):
+LAYOUTS = {
+    "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "odd start": lambda x: torch.nn.functional.pad(x, (1, 0))[..., 1:],  # the TMA cannot read it
+    "every second number": lambda x: x.repeat_interleave(2, -1)[..., ::2],  # nor this
+    "one key, repeated": lambda x: x[:, :1].expand_as(x),  # nor rows without distance
+}
+
+
+def tensors(q_len, max_kv_len, num_q_heads, num_kv_heads, head_dim, dtype, given, device, layout=None):
     rng = np.random.default_rng(0)
     given = dict(given)
     lens = given.pop("kv_lens", None)
     batch = 1 if lens is None else len(lens)
     q = randn(rng, batch, q_len, num_q_heads, head_dim, dtype=dtype, device=device)
     k, v = (randn(rng, batch, max_kv_len, num_kv_heads, head_dim, dtype=dtype, device=device) for _ in "kv")
-    if strided:  # [B, H, T, D] seen as [B, T, H, D]
-        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     if lens is not None:
         for b, n in enumerate(lens):
             k[b, n:] = v[b, n:] = float("nan")
+    if layout:
+        q, k, v = (LAYOUTS[layout](x) for x in (q, k, v))
+    if lens is not None:
         given["kv_lens"] = torch.tensor(lens, dtype=torch.int32, device=device)
     return q, k, v, given
 
 
-STRIDED = ("square, bf16", "ragged window and sinks", "edge 129")
+LAID_OUT = [
+    ("square, bf16", "heads first"),
+    ("ragged window and sinks", "heads first"),
+    ("edge 129", "heads first"),
+    ("edge 128", "odd start"),
+    ("ragged", "odd start"),
+    ("ragged window and sinks", "every second number"),
+    ("not causal", "one key, repeated"),
+]
 
 
 @pytest.mark.parametrize(
-    "case, strided",
-    [(case, False) for case in CASES] + [(case, True) for case in STRIDED],
-    ids=[*CASES, *(f"{case}, strided" for case in STRIDED)],
+    "case, layout",
+    [(case, None) for case in CASES] + LAID_OUT,
+    ids=[*CASES, *(", ".join(pair) for pair in LAID_OUT)],
 )
-def test_kernel(case, strided, device):
-    q, k, v, given = tensors(*CASES[case], device, strided)
+def test_kernel(case, layout, device):
+    q, k, v, given = tensors(*CASES[case], device, layout)
     got = kernels.attention.attention(q, k, v, **given)
     assert_matches(got, attention, q, k, v, **given)
 
@@ -70,6 +87,26 @@ def test_offsets_of_64_bits(name, dim, device):
     q, k, v, _ = tensors(20, 40, 2, 1, 64, F16, {}, device)
     spread = [far_apart(x, dim) if n == name else x for n, x in zip("qkv", (q, k, v))]
     assert_matches(kernels.attention.attention(*spread), attention, q, k, v)
+
+
+def test_what_the_tma_can_read():
+    x = torch.zeros(2, 8, 2, 64, dtype=BF16)
+    assert kernels.attention.tma_can_read(x)
+    assert kernels.attention.tma_can_read(LAYOUTS["heads first"](x))
+    for layout in ("odd start", "every second number", "one key, repeated"):
+        assert not kernels.attention.tma_can_read(LAYOUTS[layout](x)), layout
+    shifted = torch.zeros(x.numel() + 4, dtype=BF16)[4:].view_as(x)  # 8 bytes on
+    assert not kernels.attention.tma_can_read(shifted)
+    assert kernels.attention.tma_can_read(x.expand(3, 2, 8, 2, 64)[:, 0]), "sequences may share their keys"
+
+
+@pytest.mark.parametrize("only", ["k", "v"])
+@pytest.mark.parametrize("layout", ["odd start", "every second number", "one key, repeated"])
+def test_tma_needs_both(only, layout, device):
+    """One tensor that the TMA cannot read is enough: pointers then read both."""
+    q, k, v, _ = tensors(20, 40, 2, 1, 64, BF16, {}, device)
+    k, v = (LAYOUTS[layout](x) if name == only else x for name, x in (("k", k), ("v", v)))
+    assert_matches(kernels.attention.attention(q, k, v), attention, q, k, v)
 
 
 def test_reference_equals_torch():
@@ -101,6 +138,10 @@ def test_window_counts_the_token_itself():
         ("window", dict(window=0)),
         ("window", dict(window=4, causal=False)),
         ("num_sinks", dict(num_sinks=-1)),
+        ("sm_scale", dict(sm_scale=0.0)),
+        ("sm_scale", dict(sm_scale=-0.1)),
+        ("sm_scale", dict(sm_scale=float("inf"))),
+        ("sm_scale", dict(sm_scale=float("nan"))),
     ],
 )
 def test_bad_input_is_named(function, name, changed, device, monkeypatch):
@@ -114,13 +155,23 @@ def test_bad_input_is_named(function, name, changed, device, monkeypatch):
 
 PLANTED_BUGS = [
     ("kernels/_tile.py", "m_safe = tl.where(m_new == float(\"-inf\"), 0.0, m_new)", "m_safe = m_new"),
-    ("kernels/attention.py", "key[None, :] <= position[:, None])", "key[None, :] < position[:, None])"),
-    ("kernels/attention.py", "key[None, :] > position[:, None] - window)", "key[None, :] >= position[:, None] - window)"),
+    ("kernels/attention.py", "key <= position[:, None])", "key < position[:, None])"),
+    ("kernels/attention.py", "key > position[:, None] - window)", "key >= position[:, None] - window)"),
     ("kernels/attention.py", "offset = kv_len - q_len", "offset = 0"),
     ("kernels/attention.py", "tl.maximum(first_position + 1, 0) // BLOCK_N", "tl.maximum(first_position + BLOCK_M, 0) // BLOCK_N"),
     ("kernels/attention.py", "first_position + BLOCK_M), 0)", "first_position + BLOCK_M - 1), 0)"),
     ("kernels/attention.py", "tl.maximum(first_position - window + 1, 0)", "tl.maximum(first_position - window + BLOCK_N, 0)"),
     ("kernels/attention.py", "0, tl.minimum(num_sinks, start),", "0, num_sinks,"),
-    ("kernels/attention.py", "keep = (key < end)[None, :]", "keep = (key >= 0)[None, :]"),
-    ("kernels/attention.py", "v_ptr += pid_b * stride_vb + head // group", "v_ptr += pid_b * stride_vb + head % group"),
+    ("kernels/attention.py", "keep = key < end ", "keep = key >= 0 "),
+    ("kernels/attention.py", "v = v_ptr + pid_b * stride_vb + head // group", "v = v_ptr + pid_b * stride_vb + head % group"),
+    ("kernels/attention.py", "tl.maximum(kv_len, 1)", "tl.maximum(max_kv_len, 1)"),
+    ("kernels/attention.py", "tma_can_read(k) and tma_can_read(v)", "tma_can_read(v)"),
+    ("kernels/attention.py", "tma_can_read(k) and tma_can_read(v)", "tma_can_read(k)"),
+    ("kernels/attention.py", "inner == 1 and ", ""),
+    ("kernels/attention.py", "outer[1] > 0 and ", ""),
+    ("kernels/attention.py", "[x.data_ptr(), *(stride", "[*(stride"),
+    ("kernels/attention.py", "(offs_n < end - first)[:, None] & mask_d", "mask_d"),
+    ("kernels/_tile.py", "tl.max(s, 1) * qk_scale", "tl.max(s, 1)"),
+    ("kernels/_tile.py", "tl.fma(s, qk_scale, -m_safe[:, None])", "s - m_safe[:, None]"),
+    ("labkit/args.py", "0 < sm_scale < float", "0 <= sm_scale < float"),
 ]

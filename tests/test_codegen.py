@@ -31,6 +31,7 @@ PLANTED = {
     "no_dot": {"sm_80": "no dot", "gfx942": "no dot"},
     "tf32": {"sm_80": "TF32", "gfx942": "TF32"},
     "no_wgmma": {"sm_90": "expected HGMMA"},
+    "serialised": {"sm_90": "waits for every wgmma"},
     "launches_nothing": {"sm_80": "launched no kernel"},
     "raises": {"sm_80": "ValueError: q: planted"},
 }
@@ -104,6 +105,48 @@ def test_facts(compiled_once):
     assert set(rows["sm_80"]["matrix"]) == {"HMMA.16816.F32.BF16"}
     assert set(rows["sm_100"]["matrix"]) == {"UTCHMMA.64x128.64x32"}
     assert all(name.endswith("_bf16") for name in rows["gfx942"]["matrix"])
+
+
+SASS = """
+.text.k:
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+.L_x_0:
+        /*0010*/                   MOV R1, R2 ;
+.L_x_1:
+        /*0020*/                   LDGSTS.E.BYPASS.LTC128B.128 [R1], desc[UR4][R2.64] ;
+                                                                /* 0x000000 */
+        /*0030*/                   LDG.E.U16 R3, desc[UR4][R2.64] ;
+        /*0040*/                   FFMA R4, R4, R5, R6 ;
+        /*0050*/              @!P0 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0060*/                   LDG.E R3, desc[UR4][R2.64] ;
+        /*0070*/               @P1 BRA `(.L_x_3) ;
+        /*0080*/               @P0 BRA `(.L_x_2) ;
+.L_x_4:
+        /*0090*/                   UTMALDG.2D [UR8], [UR4], desc[UR6] ;
+        /*00a0*/               @P0 BRA `(.L_x_4) ;
+        /*00b0*/               @P2 BRA `(.L_x_0) ;
+.L_x_3:
+        /*00c0*/                   EXIT ;
+"""
+
+
+def test_loops():
+    """Innermost loops only, backward jumps only; what the TMA fetches is nobody's load."""
+    assert codegen._loops(SASS) == [[4, 18], [3, 4], [2, 0]]
+    assert codegen.per_byte({"loops": [[36, 18], [30, 10], [3, 4], [2, 0]]}) == [2.0, 3.0]
+    assert codegen.per_byte({"loops": [[2, 0]]}) == []
+
+
+def test_loops_of_a_kernel(compiled_once):
+    """By hand: a tile of 32 keys of 256 bytes, by 128 threads, is 64 bytes a thread."""
+    rows = {row["target"]: row for row in codegen.report([planted_case("sound, a warp group")]).rows}
+    for target in ("sm_80", "sm_90", "sm_100"):
+        ((count, size),) = rows[target]["loops"]
+        assert size == 64
+        assert count > 64 // 16
+    assert rows["gfx942"]["loops"] == []
+    assert not codegen.serialised(rows["sm_90"])
 
 
 def test_dtype_of_a_case_reaches_the_kernel(compiled_once):

@@ -394,6 +394,7 @@ NOT_CAUSAL = {
     "a parameter": lambda q, k, v, m: F.softmax(q @ k.mT + (m.p * 0).masked_fill(~keep(), float("-inf")), -1) @ v,
     "over the queries": lambda q, k, v, m: F.softmax(q @ k.mT, -2) @ v,
     "the weights are used": lambda q, k, v, m: (lambda p: p @ v + p.sum())(F.softmax(q @ k.mT, -1)),
+    "scaled by less than nothing": lambda q, k, v, m: F.softmax(q @ k.mT * -0.1, -1) @ v,
     "scaled for each head": lambda q, k, v, m: F.softmax(q @ k.mT * m.s, -1) @ v,
     "dropout": lambda q, k, v, m: F.dropout(F.softmax(q @ k.mT, -1), 0.5, True) @ v,
 }  # fmt: skip

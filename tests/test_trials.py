@@ -117,7 +117,8 @@ def test_a_trial_that_breaks_the_kernel_is_not_timed(device):
 
 
 FACTS = {"kernel": "k", "constexprs": {}, "num_warps": 4, "num_stages": 3, "registers": 80, "spills": 0,
-         "shared": 1000, "shared_limit": 2000, "programs_per_sm": 3}  # fmt: skip
+         "shared": 1000, "shared_limit": 2000, "programs_per_sm": 3, "loops": [[80, 40]], "waits": 1,
+         "matrix": {"HGMMA": 8}, "dots": [[64, 64, 64, "bf16"]]}  # fmt: skip
 
 
 def log_of(trial, us=(), facts=FACTS):
@@ -158,11 +159,19 @@ def test_outcomes(us, outcome, tally):
         (None, {}, "not as predicted: the compiler has nothing against it"),
         ((0.9, 1.1), {"shared": 3000}, "not as predicted: needs 3,000 bytes of shared memory, there are 2,000"),
         ((0.9, 1.1), {"error": "no"}, "not as predicted: does not compile"),
+        (None, {"waits": 8}, "as predicted: waits for every wgmma before it starts the next"),
     ],
 )
 def test_what_the_compiler_rules_out(gain, facts, outcome):
     log = log_of(replace(TRIALS[0], gain=gain), (10.0, 9.0), facts if "error" in facts else FACTS | facts)
     assert log.outcome(TRIALS[0].name) == outcome
+
+
+def test_what_the_change_did_to_the_kernel():
+    other = FACTS | {"registers": 90, "loops": [[120, 40], [160, 40]]}
+    line = log_of(TRIALS[0], (), other).lines(TRIALS[0].topic)[1]
+    assert line[3] == "registers 80 \N{RIGHTWARDS ARROW} 90\ninstructions / byte 2.0 \N{RIGHTWARDS ARROW} 3.0"
+    assert log_of(TRIALS[0]).lines(TRIALS[0].topic)[1][3] == "the same resources"
 
 
 @pytest.fixture
