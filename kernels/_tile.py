@@ -115,4 +115,4 @@ def attend_tile(q, k, v, valid, m, l, acc, qk_scale, MASKED: tl.constexpr):
 def finish(m, l, acc):
     """Normalise: o [M, D] and natural lse [M]. A row that saw no key gets o 0 and lse -inf."""
     l = tl.where(l == 0.0, 1.0, l)  # m is -inf there, and stays it
-    return acc / l[:, None], (m + tl.log2(l)) * LN2
+    return acc * (1.0 / l)[:, None], (m + tl.log2(l)) * LN2  # a division a row, not a number
