@@ -1,16 +1,20 @@
 """The distillation loss, fused: no probabilities are stored, whatever the size of the vocabulary.
 
-Forward: a program walks along one row of both logits and keeps running maxima, sums and expectations, the online
-softmax of attention without a V. Six numbers a row are kept. Backward: the logits are read once more and the gradient
-is written. Eager torch stores half a dozen tensors of the size of the logits for the same.
+Forward: a program walks along one row of both logits; each thread keeps running maxima, sums and expectations, the
+online softmax of attention without a V, and at the end of the row they are merged. Six numbers a row are kept.
+Backward: the logits are read once more and the gradient is written. Eager torch stores half a dozen tensors of the size
+of the logits for the same.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
+from triton.language.extra import libdevice
+from triton.language.target_info import is_cuda
 
-from kernels._tile import LN2, LOG2E, cast
+from kernels._tile import INTERPRET, LN2, LOG2E, cast
+from kernels.fusion import finite, own_max, own_sum, thread_view
 from labkit import args
 
 EACH = 16  # logits of a row that a thread holds: two loads of 16 bytes in bf16
@@ -26,37 +30,90 @@ def _load(ptr, stride_v, cols, vocab):
 
 
 @triton.jit
-def _finite(m):
-    """A running maximum as something to subtract: 0 as long as nothing but -inf was seen."""
-    return tl.where(m == float("-inf"), 0.0, m)
+def _log2(x):
+    """log2 as one instruction where there is one; NVIDIA's takes numbers below 2^-126 for 0."""
+    if INTERPRET or not is_cuda():
+        return tl.log2(x)
+    else:
+        return libdevice.fast_log2f(x)
 
 
 @triton.jit
 def _step(x, m, l, scale):
-    """One step of the online softmax over x [BLOCK_V], whose running maximum m is in units of the logits.
+    """One step of the online softmax over x [CHUNKS, THREADS, VEC], for the maximum m and the sum l of each thread.
 
-    The maximum is subtracted before anything is scaled: logits with a large offset lose no digits. Returns log2 of
-    the numerators relative to the new maximum, the numerators p, what the earlier ones shrink by, and the new m and l.
+    m is in units of the logits, and is subtracted before anything is scaled: a large offset costs no digits. Returns
+    log2 of the numerators relative to the new maximum, the numerators p, and the new m and l.
     """
-    new = tl.maximum(m, tl.max(x, 0))
-    base = _finite(new)
-    log = (x - base) * scale
+    new = tl.maximum(m, own_max(x))
+    log = (x - finite(new)[None, :, None]) * scale
     p = tl.exp2(log)
-    alpha = tl.exp2((m - base) * scale)
-    return log, p, alpha, new, l * alpha + tl.sum(p, 0)
+    return log, p, new, l * _shrink(m, new, scale) + own_sum(p)
+
+
+@triton.jit
+def _shrink(m, new, scale):
+    """What a sum relative to the maximum m is multiplied with when the maximum is `new`."""
+    return tl.exp2((m - finite(new)) * scale)
+
+
+@triton.jit
+def _move(acc, l_a, m_a, new_a, m_b, new_b, scale):
+    """acc, the expectation of log a - log b under a up to the denominators, when both maxima move to their new ones.
+
+    Both logarithms are relative to their maximum, so each term moves too. l_a is the sum of the weights so far.
+    """
+    moved = ((finite(new_b) - finite(m_b)) - (finite(new_a) - finite(m_a))) * scale
+    alpha = _shrink(m_a, new_a, scale)
+    return tl.where(alpha == 0.0, 0.0, alpha * (acc + l_a * moved))  # what weighs nothing any more is 0, an inf too
+
+
+@triton.jit
+def _turn(z, t, state, scale, KIND: tl.constexpr, HAS_CE: tl.constexpr):
+    """Add a piece z, t [CHUNKS, THREADS, VEC] of both rows to the state of each thread, six tensors [THREADS]."""
+    m_z, l_z, m_t, l_t, l_1, acc = state
+    log_z, q, new_z, sum_z = _step(z, m_z, l_z, scale)
+    log_t, p, new_t, sum_t = _step(t, m_t, l_t, scale)
+    if KIND == FORWARD:
+        acc = _move(acc, l_t, m_t, new_t, m_z, new_z, scale) + own_sum(_ratio(p, log_t, log_z))
+    if KIND == REVERSE:
+        acc = _move(acc, l_z, m_z, new_z, m_t, new_t, scale) + own_sum(_ratio(q, log_z, log_t))
+    if HAS_CE:
+        _, _, _, l_1 = _step(z, m_z, l_1, LOG2E)
+    return new_z, sum_z, new_t, sum_t, l_1, acc
+
+
+@triton.jit
+def _merge(state, scale, KIND: tl.constexpr):
+    """The states of all threads, moved to the maxima of the row and summed up: six numbers."""
+    m_z, l_z, m_t, l_t, l_1, acc = state
+    top_z, top_t = tl.max(m_z, 0), tl.max(m_t, 0)
+    if KIND == FORWARD:
+        acc = _move(acc, l_t, m_t, top_t, m_z, top_z, scale)
+    if KIND == REVERSE:
+        acc = _move(acc, l_z, m_z, top_z, m_t, top_t, scale)
+    l_z, l_t = l_z * _shrink(m_z, top_z, scale), l_t * _shrink(m_t, top_t, scale)
+    l_1 *= _shrink(m_z, top_z, LOG2E)
+    return top_z, tl.sum(l_z, 0), top_t, tl.sum(l_t, 0), tl.sum(l_1, 0), tl.sum(acc, 0)
 
 
 @triton.jit
 def _ratio(weight, loga, logb):
     """weight * (loga - logb), and 0 where weight is 0: there both may be -inf."""
-    return tl.where(weight > 0.0, weight * (loga - logb), 0.0)
+    return weight * tl.where(weight > 0.0, loga - logb, 0.0)
 
 
 @triton.jit
 def _mixture(logp, logq, beta):
-    """(p, q, log2 m) of m = beta p + (1 - beta) q; logarithms to base 2."""
+    """p (log p - log m), q (log q - log m) and q, for m = beta p + (1 - beta) q; logarithms to base 2.
+
+    Of a probability below 2^-150 fp32 has only 0 left. So -inf becomes -160, and 0 times it is 0.
+    """
+    logp = tl.maximum(logp, -160.0, propagate_nan=tl.PropagateNan.ALL)
+    logq = tl.maximum(logq, -160.0, propagate_nan=tl.PropagateNan.ALL)
     p, q = tl.exp2(logp), tl.exp2(logq)
-    return p, q, tl.log2(beta * p + (1.0 - beta) * q)
+    logm = _log2(tl.maximum(beta * p + (1.0 - beta) * q, 2.0**-126, propagate_nan=tl.PropagateNan.ALL))
+    return p * (logp - logm), q * (logq - logm), q
 
 
 @triton.jit
@@ -74,7 +131,8 @@ def _forward_kernel(
     stats_ptr,  # [A * B, 6] fp32 out: maximum and log2 of the denominator, of the student and of the teacher; what
     # the gradient subtracts; log2 of the student's denominator at temperature 1
     inner, vocab, scale, square, ce_weight, beta,  # scale: log2(e) / T; square: T^2
-    KIND: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_CE: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+    KIND: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_CE: tl.constexpr,
+    BLOCK_V: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if HAS_LABELS:
@@ -85,23 +143,14 @@ def _forward_kernel(
     z_ptr = _row(z_ptr, stride_za, stride_zb, row, inner)
     t_ptr = _row(t_ptr, stride_ta, stride_tb, row, inner)
     offs_v = tl.arange(0, BLOCK_V)
-    m_z, m_t = (tl.full((), float("-inf"), tl.float32),) * 2
-    l_z, l_t, l_1, acc = (tl.zeros((), tl.float32),) * 4
-    for first in tl.range(0, vocab, BLOCK_V, num_stages=STAGES):
-        z = _load(z_ptr, stride_zv, first + offs_v, vocab)
-        t = _load(t_ptr, stride_tv, first + offs_v, vocab)
-        log_z, q, alpha_z, new_z, sum_z = _step(z, m_z, l_z, scale)
-        log_t, p, alpha_t, new_t, sum_t = _step(t, m_t, l_t, scale)
-        # acc: the expectation of log a - log b under a, up to the denominators. Both logarithms are relative to their
-        # running maximum, so when one moves, the terms added so far move with it.
-        moved = ((_finite(new_z) - _finite(m_z)) - (_finite(new_t) - _finite(m_t))) * scale
-        if KIND == FORWARD:
-            acc = alpha_t * (acc + l_t * moved) + tl.sum(_ratio(p, log_t, log_z), 0)
-        if KIND == REVERSE:
-            acc = alpha_z * (acc - l_z * moved) + tl.sum(_ratio(q, log_z, log_t), 0)
-        if HAS_CE:
-            _, _, _, _, l_1 = _step(z, m_z, l_1, LOG2E)
-        m_z, l_z, m_t, l_t = new_z, sum_z, new_t, sum_t
+    PIECE: tl.constexpr = (BLOCK_V // (THREADS * VEC), THREADS, VEC)
+    none, zero = tl.full([THREADS], float("-inf"), tl.float32), tl.zeros([THREADS], tl.float32)
+    state = none, zero, none, zero, zero, zero
+    for first in range(0, vocab, BLOCK_V):
+        z = _load(z_ptr, stride_zv, first + offs_v, vocab).reshape(PIECE)
+        t = _load(t_ptr, stride_tv, first + offs_v, vocab).reshape(PIECE)
+        state = _turn(z, t, state, scale, KIND, HAS_CE)
+    m_z, l_z, m_t, l_t, l_1, acc = _merge(state, scale, KIND)
     log_lz, log_lt, log_l1 = tl.log2(l_z), tl.log2(l_t), tl.log2(l_1)
 
     if KIND == FORWARD:
@@ -110,14 +159,16 @@ def _forward_kernel(
     elif KIND == REVERSE:
         d = acc / l_z - log_lz + log_lt
         expected = d
-    else:  # the mixture needs both denominators, so the row is walked once more
-        kl_p, kl_q = (tl.zeros((), tl.float32),) * 2
-        for first in tl.range(0, vocab, BLOCK_V, num_stages=STAGES):
-            log_z = (_load(z_ptr, stride_zv, first + offs_v, vocab) - m_z) * scale - log_lz
-            log_t = (_load(t_ptr, stride_tv, first + offs_v, vocab) - m_t) * scale - log_lt
-            p, q, log_m = _mixture(log_t, log_z, beta)
-            kl_p += tl.sum(_ratio(p, log_t, log_m), 0)
-            kl_q += tl.sum(_ratio(q, log_z, log_m), 0)
+    else:  # the mixture needs both denominators, so the row is walked once more: back, as its end was read last
+        kl_p, kl_q = zero, zero
+        last = (vocab - 1) // BLOCK_V * BLOCK_V
+        for first in range(0, vocab, BLOCK_V):
+            z = _load(z_ptr, stride_zv, last - first + offs_v, vocab).reshape(PIECE)
+            t = _load(t_ptr, stride_tv, last - first + offs_v, vocab).reshape(PIECE)
+            of_p, of_q, _ = _mixture((t - m_t) * scale - log_lt, (z - m_z) * scale - log_lz, beta)
+            kl_p += own_sum(of_p)
+            kl_q += own_sum(of_q)
+        kl_p, kl_q = tl.sum(kl_p, 0), tl.sum(kl_q, 0)
         d = beta * kl_p + (1.0 - beta) * kl_q
         expected = kl_q
     loss = square * LN2 * d
@@ -167,8 +218,8 @@ def _backward_kernel(
         q = tl.exp2(log_z)
         grad = LN2 * (_ratio(q, log_z, log_t) - q * expected)
     else:
-        _, q, log_m = _mixture(log_t, log_z, beta)
-        grad = (1.0 - beta) * LN2 * (_ratio(q, log_z, log_m) - q * expected)
+        _, of_q, q = _mixture(log_t, log_z, beta)
+        grad = (1.0 - beta) * LN2 * (of_q - q * expected)
     grad *= temperature
     if HAS_CE:
         p_1 = tl.exp2((z - m_z) * LOG2E - tl.load(stats_ptr + 5))
@@ -179,8 +230,8 @@ def _backward_kernel(
 
 def distillation_config(vocab: int) -> dict:
     """Logits that a program holds, and its warps: 4,096 and 8, or fewer of both where the vocabulary is small."""
-    block = min(256 * EACH, max(128, triton.next_power_of_2(vocab)))
-    return {"BLOCK_V": block, "num_warps": max(1, block // (32 * EACH))}
+    block = min(256 * EACH, max(32 * EACH, triton.next_power_of_2(vocab)))
+    return {"BLOCK_V": block, "num_warps": block // (32 * EACH)}
 
 
 def _as_rows(x):
@@ -199,8 +250,6 @@ class _Loss:
         self.z, self.t = _as_rows(z.detach()), _as_rows(t.detach())
         self.labels = None if labels is None else labels.reshape(-1)
         self.numbers = float(ce_weight), float(beta)
-        # pieces of the row under way; in fp32 they are twice as large, and one less keeps clear of spilling
-        self.stages = 3 if max(z.element_size(), t.element_size()) == 2 else 2
         self.config = distillation_config(self.vocab) | {
             "KIND": KINDS[kind], "HAS_LABELS": labels is not None, "HAS_CE": ce_weight > 0
         }  # fmt: skip
@@ -216,7 +265,8 @@ class _Loss:
         if self.rows:
             _forward_kernel[(self.rows,)](
                 *self._inputs(), loss, stats, self.z.shape[1], self.vocab, LOG2E.value / self.temperature,
-                self.temperature**2, *self.numbers, STAGES=self.stages, **self.config,
+                self.temperature**2, *self.numbers, **self.config,
+                **thread_view(self.config["num_warps"], self.z, self.t),
             )  # fmt: skip
         count = self.rows if self.labels is None else ((self.labels >= 0) & (self.labels < self.vocab)).sum()
         return loss, count, stats

@@ -10,8 +10,9 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from kernels import INTERPRETED
 from kernels import attention as prefill
-from kernels._tile import cast, device_properties
+from kernels._tile import LOG2E, cast, device_properties
 from kernels.flash_decoding import flash_decoding
 from kernels.flash_decoding_pp import gemv_config
 from kernels.rope import forward_only, fresh, rope, rope_write_kv, wants_grad  # noqa: F401
@@ -148,37 +149,75 @@ def _rmsnorm_backward_kernel(
         tl.store(dw_ptr + cols[None, :], dw, mask=(cols < n)[None, :])
 
 
+# A reduction over the whole program takes shuffles, and barriers at which all warps wait. In every turn of a loop that
+# is dear. So a piece of a long row is seen as [CHUNKS, THREADS, VEC]: VEC neighbours that a thread loads at once,
+# CHUNKS times. What is reduced over the first and the last axis stays inside a thread. Each thread keeps a running
+# state of its own, and the states [THREADS] are merged once, at the end of the row.
+
+
+def thread_view(num_warps: int, *rows) -> dict:
+    """THREADS and VEC for a program that walks along rows [..., N], one of each tensor, at the same time.
+
+    VEC is 16 bytes of the narrowest dtype; or 1 where rows may begin in between, for then loads are narrow as well.
+    """
+    lanes = 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
+    wide = all(
+        x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and not any(n % 16 for n in x.stride()[:-1]) for x in rows
+    )
+    return {"THREADS": lanes * num_warps, "VEC": 16 // min(x.element_size() for x in rows) if wide else 1}
+
+
+@triton.jit
+def own_max(x):
+    """[CHUNKS, THREADS, VEC] -> [THREADS]: the maximum of what a thread holds."""
+    return tl.max(tl.max(x, 2), 0)
+
+
+@triton.jit
+def own_sum(x):
+    """[CHUNKS, THREADS, VEC] -> [THREADS]: the sum of what a thread holds."""
+    return tl.sum(tl.sum(x, 2), 0)
+
+
+@triton.jit
+def finite(m):
+    """A running maximum as something to subtract: 0 while nothing but -inf was seen, so that no NaN comes of it."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
 @triton.jit
 def _softmax_kernel(
     x_ptr, stride_xm, stride_xn,  # [M, N]
     y_ptr, stride_ym,  # [M, N] out
     m, n,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
     if WHOLE:
         mask = (rows < m)[:, None] & (cols < n)[None, :]
         x = _load(x_ptr, stride_xm, stride_xn, rows, cols, mask, float("-inf"))
-        p = tl.exp(x - tl.max(x, 1)[:, None])
-        _store(y_ptr, stride_ym, 1, rows, cols, mask, p / tl.sum(p, 1)[:, None])
+        p = tl.exp2((x - tl.max(x, 1)[:, None]) * LOG2E)
+        _store(y_ptr, stride_ym, 1, rows, cols, mask, p * (1.0 / tl.sum(p, 1))[:, None])
     else:
-        # Online (Milakov & Gimelshein 2018): a maximum and a sum for each column of the tile, one reduction at the end.
-        top = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        # Online (Milakov & Gimelshein 2018): a maximum and a sum for each thread, merged at the end of the row.
+        top, total = tl.full([THREADS], float("-inf"), tl.float32), tl.zeros([THREADS], tl.float32)
         for first in range(0, n, BLOCK_N):
-            mask = (rows < m)[:, None] & (first + cols < n)[None, :]
+            mask = (first + cols < n)[None, :]
             x = _load(x_ptr, stride_xm, stride_xn, rows, first + cols, mask, float("-inf"))
-            new = tl.maximum(top, x)
-            safe = tl.where(new == float("-inf"), 0.0, new)  # nothing seen yet: exp(-inf - 0) is 0, not NaN
-            total = total * tl.exp(top - safe) + tl.exp(x - safe)
+            x = x.reshape(BLOCK_N // (THREADS * VEC), THREADS, VEC)
+            new = tl.maximum(top, own_max(x))
+            p = tl.exp2((x - finite(new)[None, :, None]) * LOG2E)
+            total = total * tl.exp2((top - finite(new)) * LOG2E) + own_sum(p)
             top = new
-        row_top = tl.max(top, 1)[:, None]
-        row_total = tl.sum(total * tl.exp(top - row_top), 1)[:, None]
-        for first in range(0, n, BLOCK_N):
-            mask = (rows < m)[:, None] & (first + cols < n)[None, :]
-            x = _load(x_ptr, stride_xm, stride_xn, rows, first + cols, mask, float("-inf"))
-            _store(y_ptr, stride_ym, 1, rows, first + cols, mask, tl.exp(x - row_top) / row_total)
+        row_top = tl.max(top, 0)
+        inverse = 1.0 / tl.sum(total * tl.exp2((top - row_top) * LOG2E), 0)
+        last = (n - 1) // BLOCK_N * BLOCK_N
+        for first in range(0, n, BLOCK_N):  # back: the end of the row was read last, and may still be in the cache
+            mask = (last - first + cols < n)[None, :]
+            x = _load(x_ptr, stride_xm, stride_xn, rows, last - first + cols, mask, float("-inf"))
+            p = tl.exp2((x - row_top) * LOG2E) * inverse
+            _store(y_ptr, stride_ym, 1, rows, last - first + cols, mask, p)
 
 
 # ---- elementwise: SwiGLU, bias + GELU
@@ -294,6 +333,12 @@ def row_config(n: int, whole_row: int = WHOLE_ROW) -> dict:
     block_n = block_n if whole else 4096
     block_m = max(1, 2048 // block_n) if whole else 1
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, WHOLE=whole, num_warps=min(16, max(4, block_n // 512)))
+
+
+def softmax_config(n: int) -> dict:
+    """As `row_config`; a row that is walked in pieces has 32 elements a thread, 64 bytes in bf16, on their way."""
+    config = row_config(n)
+    return config if config["WHOLE"] else config | dict(BLOCK_N=8192, num_warps=8)
 
 
 def _elementwise_config(m: int, n: int) -> tuple[tuple, dict]:
@@ -437,9 +482,10 @@ def softmax(x):
     def launch(x):
         y = fresh(x)
         if y.numel():
-            x2, config = _rows(x), row_config(n)
+            x2, config = _rows(x), softmax_config(n)
             grid = (triton.cdiv(rows, config["BLOCK_M"]),)
-            _softmax_kernel[grid](x2, *x2.stride(), y, n, rows, n, **config)
+            view = thread_view(config["num_warps"], x2)
+            _softmax_kernel[grid](x2, *x2.stride(), y, n, rows, n, **config, **view)
         return y
 
     return forward_only("softmax", launch, x)

@@ -17,8 +17,13 @@ PLANTED_BUGS = [
     ("kernels/fusion.py", "mean = tl.sum(product, 1)[:, None] * rstd / n", "mean = tl.sum(product, 1)[:, None] / n"),
     ("kernels/fusion.py", "dw = _load(dw_ptr, 0, 1, rows, first + cols, mask) + dy * h", "dw = dy * h"),
     ("kernels/fusion.py", "if dy is None:", "if False:"),
-    ("kernels/fusion.py", 'safe = tl.where(new == float("-inf"), 0.0, new)', "safe = new"),
-    ("kernels/fusion.py", "total = total * tl.exp(top - safe) +", "total = total +"),
+    ("kernels/fusion.py", 'return tl.where(m == float("-inf"), 0.0, m)', "return m"),
+    ("kernels/fusion.py", "return tl.max(tl.max(x, 2), 0)", "return tl.max(tl.min(x, 2), 0)"),
+    ("kernels/fusion.py", "total = total * tl.exp2((top - finite(new)) * LOG2E) +", "total = total +"),
+    ("kernels/fusion.py", "tl.sum(total * tl.exp2((top - row_top) * LOG2E), 0)", "tl.sum(total, 0)"),
+    ("kernels/fusion.py", "row_top = tl.max(top, 0)", "row_top = tl.sum(tl.where(tl.arange(0, THREADS) == 0, top, 0.0), 0)"),
+    ("kernels/fusion.py", "last = (n - 1) // BLOCK_N * BLOCK_N", "last = n // BLOCK_N * BLOCK_N"),
+    ("kernels/fusion.py", "mask = (last - first + cols < n)[None, :]", "mask = (first + cols < n)[None, :]"),
     ("kernels/fusion.py", "sigmoid * (1.0 + gate * (1.0 - sigmoid))", "sigmoid"),
     ("kernels/fusion.py", "0.044715 * x * x * x", "0.044715 * x * x"),
     ("kernels/fusion.py", "0.5 * (1.0 + tl.erf", "0.5 * (1.01 + tl.erf"),
@@ -81,7 +86,11 @@ def test_rmsnorm(shape, dtype, strided, device):
     assert_matches(fusion.rmsnorm(x, w, eps=1e-5), ref.rmsnorm, x, w, eps=1e-5)
 
 
-@pytest.mark.parametrize("shape, dtype, strided", ROWS[::2] + ROWS[5:6], ids=str)
+# Rows in pieces: of ROWS[-1] the second begins between two words; these can be loaded 16 bytes at a time.
+PIECES = ((2, 16_400), BF16, False), ((2, 24_576), F32, False)
+
+
+@pytest.mark.parametrize("shape, dtype, strided", ROWS[::2] + ROWS[5:6] + PIECES, ids=str)
 def test_softmax(shape, dtype, strided, device):
     (x,) = tensors(device, dtype, shape, strided=strided, scale=4.0)
     if x.numel() > 3:
@@ -89,7 +98,18 @@ def test_softmax(shape, dtype, strided, device):
     assert_matches(fusion.softmax(x), ref.softmax, x)
 
 
-@pytest.mark.parametrize("width", [5, 17_001])
+@pytest.mark.parametrize("width", [17_001, 17_008])
+def test_softmax_of_threads_that_differ(width, device):
+    """Most threads see nothing but -inf at first, and some all the time. The maximum comes late, far above the rest."""
+    x = randn(np.random.default_rng(0), 2, width, device=device)
+    x[0, :16_500] = float("-inf")
+    x[0, -5], x[1, -700] = 6.0, 30.0
+    x[1] -= 5000.0
+    assert_matches(fusion.softmax(x), ref.softmax, x)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+@pytest.mark.parametrize("width", [5, 17_001, 17_008])
 def test_softmax_of_what_is_no_number(width, device):
     """As torch: a row of -inf, with a +inf or with a NaN is NaN; its neighbours are not."""
     x = torch.zeros(4, width, device=device)
