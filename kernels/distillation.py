@@ -30,12 +30,9 @@ def _load(ptr, stride_v, cols, vocab):
 
 
 @triton.jit
-def _log2(x):
-    """log2 as one instruction where there is one; NVIDIA's takes numbers below 2^-126 for 0."""
-    if INTERPRET or not is_cuda():
-        return tl.log2(x)
-    else:
-        return libdevice.fast_log2f(x)
+def _shrink(m, new, scale):
+    """What a sum relative to the maximum m is multiplied with when the maximum is `new`."""
+    return tl.exp2((m - finite(new)) * scale)
 
 
 @triton.jit
@@ -52,9 +49,9 @@ def _step(x, m, l, scale):
 
 
 @triton.jit
-def _shrink(m, new, scale):
-    """What a sum relative to the maximum m is multiplied with when the maximum is `new`."""
-    return tl.exp2((m - finite(new)) * scale)
+def _ratio(weight, loga, logb):
+    """weight * (loga - logb), and 0 where weight is 0: there both may be -inf."""
+    return weight * tl.where(weight > 0.0, loga - logb, 0.0)
 
 
 @triton.jit
@@ -70,7 +67,7 @@ def _move(acc, l_a, m_a, new_a, m_b, new_b, scale):
 
 @triton.jit
 def _turn(z, t, state, scale, KIND: tl.constexpr, HAS_CE: tl.constexpr):
-    """Add a piece z, t [CHUNKS, THREADS, VEC] of both rows to the state of each thread, six tensors [THREADS]."""
+    """Add a piece of both rows, z and t [CHUNKS, THREADS, VEC], to the states of the threads: six tensors [THREADS]."""
     m_z, l_z, m_t, l_t, l_1, acc = state
     log_z, q, new_z, sum_z = _step(z, m_z, l_z, scale)
     log_t, p, new_t, sum_t = _step(t, m_t, l_t, scale)
@@ -98,16 +95,20 @@ def _merge(state, scale, KIND: tl.constexpr):
 
 
 @triton.jit
-def _ratio(weight, loga, logb):
-    """weight * (loga - logb), and 0 where weight is 0: there both may be -inf."""
-    return weight * tl.where(weight > 0.0, loga - logb, 0.0)
+def _log2(x):
+    """log2 as one instruction where there is one; NVIDIA's takes numbers below 2^-126 for 0."""
+    if INTERPRET or not is_cuda():
+        return tl.log2(x)
+    else:
+        return libdevice.fast_log2f(x)
 
 
 @triton.jit
 def _mixture(logp, logq, beta):
     """p (log p - log m), q (log q - log m) and q, for m = beta p + (1 - beta) q; logarithms to base 2.
 
-    Of a probability below 2^-150 fp32 has only 0 left. So -inf becomes -160, and 0 times it is 0.
+    Of a probability below 2^-150 fp32 has only 0 left. So -inf becomes -160, and 0 times it is 0. Nor is log m -inf: what
+    weighs less than 2^-126 adds nothing, whatever it is multiplied with here.
     """
     logp = tl.maximum(logp, -160.0, propagate_nan=tl.PropagateNan.ALL)
     logq = tl.maximum(logq, -160.0, propagate_nan=tl.PropagateNan.ALL)

@@ -241,7 +241,7 @@ PLANTED_BUGS = [
     ("kernels/distillation.py", "l_1 *= _shrink(m_z, top_z, LOG2E)", "l_1 *= _shrink(m_z, top_z, scale)"),
     ("kernels/distillation.py", "l_z, l_t = l_z * _shrink(m_z, top_z, scale), l_t * _shrink(m_t, top_t, scale)", "pass"),
     ("kernels/distillation.py", "logp = tl.maximum(logp, -160.0, propagate_nan=tl.PropagateNan.ALL)", "pass"),
-    ("kernels/distillation.py", "logq = tl.maximum(logq, -160.0, propagate_nan=tl.PropagateNan.ALL)", "logq = tl.maximum(logq, -160.0)"),
+    ("kernels/distillation.py", "logq = tl.maximum(logq, -160.0, propagate_nan=tl.PropagateNan.ALL)", "pass"),
     ("kernels/distillation.py", "last = (vocab - 1) // BLOCK_V * BLOCK_V", "last = vocab // BLOCK_V * BLOCK_V"),
     ("kernels/distillation.py", "kl_p += own_sum(of_p)", "kl_p = own_sum(of_p)"),
     ("kernels/distillation.py", "d = acc / l_t - log_lt + log_lz", "d = acc / l_t - log_lt"),
