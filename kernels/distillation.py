@@ -107,8 +107,8 @@ def _log2(x):
 def _mixture(logp, logq, beta):
     """p (log p - log m), q (log q - log m) and q, for m = beta p + (1 - beta) q; logarithms to base 2.
 
-    Of a probability below 2^-150 fp32 has only 0 left. So -inf becomes -160, and 0 times it is 0. Nor is log m -inf: what
-    weighs less than 2^-126 adds nothing, whatever it is multiplied with here.
+    Of a probability below 2^-150 fp32 has only 0 left. So -inf becomes -160, and 0 times it is 0. Nor does log m
+    become -inf: what weighs less than 2^-126 adds nothing, whatever it is multiplied with here.
     """
     logp = tl.maximum(logp, -160.0, propagate_nan=tl.PropagateNan.ALL)
     logq = tl.maximum(logq, -160.0, propagate_nan=tl.PropagateNan.ALL)
