@@ -1,5 +1,5 @@
 """Tile helpers shared by the kernels: `dot` and `cast` that are right for bf16 on both machines, the online-softmax
-step, and the facts about the device that the launch rules need.
+step, sums that stay inside a thread, and the facts about the device that the launch rules need.
 
 Triton's interpreter computes on the bit patterns of bf16 values (`dot`, `+`, `*`, comparisons) and truncates when it
 stores them. So kernels upcast to fp32 before any arithmetic and go through `dot` and `cast` for the rest.
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from kernels import INTERPRETED
-from labkit import splits
+from labkit import args, splits
 
 # Triton decides at import time whether its own library is interpreted: a switch set later would mix both modes.
 if isinstance(tl.cdiv, triton.runtime.JITFunction) == INTERPRETED:
@@ -54,6 +54,15 @@ def splits_or_default(num_splits: int | None, num_tiles: int, max_kv_len: int, h
     if num_splits is None:
         return splits.choose(num_tiles, device_properties()["multiprocessor_count"], max_kv_len, head_dim)
     return num_splits
+
+
+def qk_scale(sm_scale: float | None, head_dim: int) -> float:
+    """What `softmax_step` scales the scores with: log2(e) times sm_scale, or times its default head_dim ** -0.5.
+
+    Raises ValueError for a scale that is not positive: the largest score is found before the scores are scaled.
+    """
+    args.expect(sm_scale is None or 0 < sm_scale < float("inf"), "sm_scale", sm_scale, "a positive number")
+    return args.scale(sm_scale, head_dim) * LOG2E.value
 
 
 def block_dim(head_dim: int) -> int:
@@ -116,3 +125,39 @@ def finish(m, l, acc):
     """Normalise: o [M, D] and natural lse [M]. A row that saw no key gets o 0 and lse -inf."""
     l = tl.where(l == 0.0, 1.0, l)  # m is -inf there, and stays it
     return acc * (1.0 / l)[:, None], (m + tl.log2(l)) * LN2  # a division a row, not a number
+
+
+# A reduction over the whole program takes shuffles, and barriers at which all warps wait. In every turn of a loop that
+# is dear. So a piece of a long row is seen as [CHUNKS, THREADS, VEC]: VEC neighbours that a thread loads at once,
+# CHUNKS times. What is reduced over the first and the last axis stays inside a thread. Each thread keeps a running
+# state of its own, and the states [THREADS] are merged once, at the end of the row.
+
+
+def thread_view(num_warps: int, *rows) -> dict:
+    """THREADS and VEC for a program that walks along rows [..., N], one of each tensor, at the same time.
+
+    VEC is 16 bytes of the narrowest dtype; or 1 where rows may begin in between, for then loads are narrow as well.
+    """
+    lanes = 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
+    wide = all(
+        x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and not any(n % 16 for n in x.stride()[:-1]) for x in rows
+    )
+    return {"THREADS": lanes * num_warps, "VEC": 16 // min(x.element_size() for x in rows) if wide else 1}
+
+
+@triton.jit
+def own_max(x):
+    """[CHUNKS, THREADS, VEC] -> [THREADS]: the maximum of what a thread holds."""
+    return tl.max(tl.max(x, 2), 0)
+
+
+@triton.jit
+def own_sum(x):
+    """[CHUNKS, THREADS, VEC] -> [THREADS]: the sum of what a thread holds."""
+    return tl.sum(tl.sum(x, 2), 0)
+
+
+@triton.jit
+def finite(m):
+    """A running maximum as something to subtract: 0 while nothing but -inf was seen, so that no NaN comes of it."""
+    return tl.where(m == float("-inf"), 0.0, m)

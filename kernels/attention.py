@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._tile import LOG2E, attend_tile, block_dim, cast, device_properties, finish, has_tma
+from kernels._tile import attend_tile, block_dim, cast, device_properties, finish, has_tma, qk_scale
 from labkit import args
 
 
@@ -182,7 +182,7 @@ def attention(q, k, v, *, causal=True, window=None, num_sinks=0, sm_scale=None, 
     _attention_kernel[(triton.cdiv(q_len, config["BLOCK_M"]), num_q_heads, batch)](
         q, *q.stride(), k, *k.stride(), v, *v.stride(), q if kv_lens is None else kv_lens.contiguous(), o, *o.stride(),
         q_len, max_kv_len, num_q_heads // num_kv_heads, window or 0, num_sinks,
-        args.scale(sm_scale, head_dim) * LOG2E.value, HEAD_DIM=head_dim, CAUSAL=causal, WINDOW=window is not None,
+        qk_scale(sm_scale, head_dim), HEAD_DIM=head_dim, CAUSAL=causal, WINDOW=window is not None,
         HAS_LENS=kv_lens is not None, **config,
     )  # fmt: skip
     return o

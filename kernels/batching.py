@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._tile import LOG2E, attend_tile, cast, finish
+from kernels._tile import attend_tile, cast, finish, qk_scale
 from kernels.attention import attention_config
 from kernels.flash_decoding import split_config, tiles_per_group
 from kernels.paged_attention import pages_of_tile
@@ -141,6 +141,6 @@ def ragged_attention(q, k_pages, v_pages, block_table, q_starts, kv_lens, *, sm_
         q, *q.stride(), k_pages, *k_pages.stride(), v_pages, *v_pages.stride(), block_table, *block_table.stride(),
         q_starts.contiguous(), kv_lens.contiguous(), o, *o.stride(),
         num_tokens, batch, batch.bit_length(), len(k_pages), max_pages * page_size, group,
-        args.scale(sm_scale, head_dim) * LOG2E.value, PAGE_SIZE=page_size, HEAD_DIM=head_dim, TILES=tiles, **config,
+        qk_scale(sm_scale, head_dim), PAGE_SIZE=page_size, HEAD_DIM=head_dim, TILES=tiles, **config,
     )  # fmt: skip
     return o

@@ -13,8 +13,7 @@ from torch.autograd.function import once_differentiable
 from triton.language.extra import libdevice
 from triton.language.target_info import is_cuda
 
-from kernels._tile import INTERPRET, LN2, LOG2E, cast
-from kernels.fusion import finite, own_max, own_sum, thread_view
+from kernels._tile import INTERPRET, LN2, LOG2E, cast, finite, own_max, own_sum, thread_view
 from labkit import args
 
 EACH = 16  # logits of a row that a thread holds: two loads of 16 bytes in bf16

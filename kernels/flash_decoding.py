@@ -10,7 +10,17 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._tile import LN2, LOG2E, attend_tile, block_dim, cast, device_properties, finish, splits_or_default
+from kernels._tile import (
+    LN2,
+    LOG2E,
+    attend_tile,
+    block_dim,
+    cast,
+    device_properties,
+    finish,
+    qk_scale,
+    splits_or_default,
+)
 from labkit import args
 
 
@@ -310,7 +320,7 @@ def flash_decoding(q, k, v, kv_lens, *, num_splits=None, sm_scale=None, one_laun
     group //= tiles
     config = split_config(q.dtype, head_dim, group) | {"TILES": tiles}
     inputs = (q, *q.stride(), k, *k.stride(), v, *v.stride(), kv_lens.contiguous())
-    sizes = (max_kv_len, num_splits, group, args.scale(sm_scale, head_dim) * LOG2E.value)
+    sizes = (max_kv_len, num_splits, group, qk_scale(sm_scale, head_dim))
     grid = (num_splits, num_kv_heads * tiles, batch)
     outputs, merge_splits = split_outputs(o, lse, num_splits)
     if one_launch and num_splits > 1:

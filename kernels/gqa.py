@@ -5,7 +5,7 @@ Both functions are Flash-Decoding and launch the same kernel; they differ in how
 
 import torch
 
-from kernels._tile import LOG2E, splits_or_default
+from kernels._tile import qk_scale, splits_or_default
 from kernels.attention import attention  # noqa: F401  (prefill: timed beside them, under this topic's name)
 from kernels.flash_decoding import flash_decoding, split_config, split_kernel, split_outputs
 from labkit import args
@@ -40,7 +40,7 @@ def gqa_decoding(q, k, v, kv_lens, *, num_splits=None, sm_scale=None, heads=None
     outputs, merge_splits = split_outputs(o, lse, num_splits)
     split_kernel[(num_splits, tiles, batch)](
         q, *q.stride(), k, *k.stride(), v, *v.stride(), kv_lens.contiguous(), *outputs,
-        max_kv_len, num_splits, heads, args.scale(sm_scale, head_dim) * LOG2E.value,
+        max_kv_len, num_splits, heads, qk_scale(sm_scale, head_dim),
         HEAD_DIM=head_dim, TILES=group // heads, **split_config(q.dtype, head_dim, heads),
     )  # fmt: skip
     merge_splits()

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._tile import LOG2E, attend_tile, block_dim, finish, splits_or_default
+from kernels._tile import attend_tile, block_dim, finish, qk_scale, splits_or_default
 from kernels.flash_decoding import (  # flash_decoding: timed beside paged_decoding, under this topic's name
     flash_decoding,  # noqa: F401
     split_config,
@@ -153,7 +153,7 @@ def paged_decoding(
     _paged_split_kernel[(num_splits, num_kv_heads * tiles, batch)](
         q, *q.stride(), k_pages, *k_pages.stride(), v_pages, *v_pages.stride(), block_table, *block_table.stride(),
         kv_lens.contiguous(), *outputs,
-        num_pages, max_kv_len, num_splits, group, args.scale(sm_scale, head_dim) * LOG2E.value,
+        num_pages, max_kv_len, num_splits, group, qk_scale(sm_scale, head_dim),
         PAGE_SIZE=page_size, READ_AHEAD=read_ahead, HEAD_DIM=head_dim, TILES=tiles,
         **split_config(q.dtype, head_dim, group),
     )  # fmt: skip

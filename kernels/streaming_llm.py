@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._tile import LOG2E, block_dim, cast, device_properties, dot, finish, softmax_step, splits_or_default
+from kernels._tile import block_dim, cast, device_properties, dot, finish, qk_scale, softmax_step, splits_or_default
 from kernels.flash_decoding import (  # flash_decoding: timed beside sink_decoding, under this topic's name
     flash_decoding,  # noqa: F401
     split_config,
@@ -156,7 +156,7 @@ def sink_decoding(
     _sink_split_kernel[(num_splits, num_kv_heads * tiles, batch)](
         q, *q.stride(), k_ring, *k_ring.stride(), v_ring, *v_ring.stride(), seen.contiguous(),
         cos, *cos.stride(), sin, *sin.stride(), *outputs,
-        num_sinks, window, num_splits, group, args.scale(sm_scale, head_dim) * LOG2E.value,
+        num_sinks, window, num_splits, group, qk_scale(sm_scale, head_dim),
         HEAD_DIM=head_dim, TILES=tiles, **sink_config(q.dtype, head_dim, group),
     )  # fmt: skip
     merge_splits()

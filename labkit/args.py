@@ -61,11 +61,8 @@ def heads(num_q_heads: int, num_kv_heads: int) -> int:
 
 
 def scale(sm_scale: float | None, dim: int) -> float:
-    """sm_scale, or its default head_dim ** -0.5. Positive: kernels look for the largest score before they scale."""
-    if sm_scale is None:
-        return dim**-0.5
-    expect(0 < sm_scale < float("inf"), "sm_scale", sm_scale, "a positive number")
-    return float(sm_scale)
+    """sm_scale, or its default head_dim ** -0.5."""
+    return dim**-0.5 if sm_scale is None else float(sm_scale)
 
 
 def decode(q, k, v, kv_lens, dtypes=FLOATS) -> tuple[int, int, int, int, int]:

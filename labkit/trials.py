@@ -112,6 +112,9 @@ TRIALS = (
           "way in each program; x is read half as often.", rules={"kernels.fusion:gate_up_config": {"BLOCK_N": 4}}),
     Trial("norm: 16 warps, one token", "fusion", "add_rmsnorm [1, 4096]", (0.95, 1.1), "A single program: more warps "
           "ask for the row at once, and have more to sum up.", rules={"kernels.fusion:row_config": {"num_warps": 16}}),
+    Trial("softmax: 4,096 of a row a tile", "fusion", "softmax [256, 131072]", (0.85, 1.0), "Half as much on its way "
+          "in each thread, and twice the turns.", rules={"kernels.fusion:softmax_config": {"BLOCK_N": 4096}},
+          compiled="bfloat16, [64, 131072]"),
     Trial("norm: 4 warps, 2,048 tokens", "fusion", "add_rmsnorm [2048, 4096]", (0.95, 1.05), "Enough rows to keep "
           "memory busy either way.", rules={"kernels.fusion:row_config": {"num_warps": 4}}),
     Trial("2:4: four stages", "pruning", "2:4 gate M=8", (0.98, 1.08), "The compressed tiles are small. One more fits.",
@@ -119,8 +122,8 @@ TRIALS = (
     Trial("2:4: 256 of K a tile", "pruning", "2:4 gate M=8", (0.9, 1.05), "Wider rows, fewer turns; but the expanded "
           "tile lies in registers.", rules={"kernels.pruning:config_24": {"BLOCK_K": 256}},
           compiled="bfloat16, M=16 [4096, 4096]"),
-    Trial("distillation: 8,192 logits a tile", "distillation", "forward KL, vocabulary 128,256", (0.9, 1.05),
-          "Fewer turns with a longer sum at the end of each.",
+    Trial("distillation: 8,192 logits a tile", "distillation", "forward KL, vocabulary 128,256", (0.95, 1.05),
+          "Twice the threads walk along a row: as much on its way in an SM, in half as many programs.",
           rules={"kernels.distillation:distillation_config": {"BLOCK_V": 8192, "num_warps": 16}}),
     Trial("distillation: 8,192 logits, 4 warps", "distillation", "forward KL, vocabulary 128,256", None, "64 logits a "
           "thread of each model, in fp32, do not fit into its registers.",

@@ -138,10 +138,6 @@ def test_window_counts_the_token_itself():
         ("window", dict(window=0)),
         ("window", dict(window=4, causal=False)),
         ("num_sinks", dict(num_sinks=-1)),
-        ("sm_scale", dict(sm_scale=0.0)),
-        ("sm_scale", dict(sm_scale=-0.1)),
-        ("sm_scale", dict(sm_scale=float("inf"))),
-        ("sm_scale", dict(sm_scale=float("nan"))),
     ],
 )
 def test_bad_input_is_named(function, name, changed, device, monkeypatch):
@@ -151,6 +147,13 @@ def test_bad_input_is_named(function, name, changed, device, monkeypatch):
     given = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in given.items()}
     with pytest.raises(ValueError, match=f"^{name}\\b.*got .* expected "):
         function(given.pop("q"), given.pop("k"), given.pop("v"), **given)
+
+
+@pytest.mark.parametrize("sm_scale", [0.0, -0.1, float("inf"), float("nan")])
+def test_a_scale_that_is_not_positive(sm_scale, device):
+    q, k, v, _ = tensors(3, 8, 4, 2, 64, F32, {}, device)
+    with pytest.raises(ValueError, match=r"^sm_scale: got .*, expected a positive number"):
+        kernels.attention.attention(q, k, v, sm_scale=sm_scale)
 
 
 PLANTED_BUGS = [
@@ -173,5 +176,5 @@ PLANTED_BUGS = [
     ("kernels/attention.py", "(offs_n < end - first)[:, None] & mask_d", "mask_d"),
     ("kernels/_tile.py", "tl.max(s, 1) * qk_scale", "tl.max(s, 1)"),
     ("kernels/_tile.py", "tl.fma(s, qk_scale, -m_safe[:, None])", "s - m_safe[:, None]"),
-    ("labkit/args.py", "0 < sm_scale < float", "0 <= sm_scale < float"),
+    ("kernels/_tile.py", "0 < sm_scale < float", "0 <= sm_scale < float"),
 ]
