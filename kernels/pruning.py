@@ -1,8 +1,8 @@
 """Pruning on a GPU: the product with 2:4 weights that are stored compressed, and Wanda's mask in one pass.
 
 `matmul_24` reads values and two-bit indices, 0.5625 of the dense bytes in bf16, and expands them in registers. In
-decoding memory is the limit, so this pays without sparse matrix units: `_gemv_24_kernel` picks x for every kept weight,
-`_matmul_24_kernel` builds the dense tile and multiplies it on the matrix unit.
+decoding memory is the limit, so this pays without sparse matrix units, as long as the expansion costs little: a few
+instructions a byte are all that a GPU has time for.
 
 `wanda_mask` reads the weights once, scores them, and selects n of m, or the largest of each row.
 
@@ -11,6 +11,7 @@ multiply them.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -24,71 +25,110 @@ __all__ = ["flat_gemm", "gemv", "matmul_24", "wanda_mask"]
 
 
 @triton.jit
-def pick(x0, x1, x2, x3, index):
-    """The one of four tiles that index (0..3) names, element by element."""
-    low = (index & 1) == 0
-    return tl.where((index & 2) == 0, tl.where(low, x0, x1), tl.where(low, x2, x3))
+def spread(bits, ROWS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+    """bits [ROWS, 4 * GROUPS / WIDTH], WIDTH bits in a word -> [ROWS, GROUPS], the four bits of each group lowest."""
+    if WIDTH == 32:
+        bits = tl.join(bits, bits >> 16)
+    bits = tl.join(bits, bits >> 8)
+    return tl.reshape(tl.join(bits, bits >> 4), [ROWS, GROUPS])
 
 
 @triton.jit
-def group_indices(meta, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr):
-    """Both indices of every group, two [BLOCK_N, GROUPS], from meta [BLOCK_N, GROUPS / 2]: two groups a byte."""
-    four_bits = tl.reshape(tl.join(meta & 15, meta >> 4), [BLOCK_N, GROUPS])
-    return four_bits & 3, four_bits >> 2
+def halves(words, dtype: tl.constexpr):
+    """Both values of every word, the one in the lower half first."""
+    half: tl.constexpr = tl.uint16 if dtype.primitive_bitwidth == 16 else tl.uint32
+    upper = words >> dtype.primitive_bitwidth
+    return words.to(half).to(dtype, bitcast=True), upper.to(half).to(dtype, bitcast=True)
 
 
 @triton.jit
-def expand(values, meta, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr):
-    """The dense tile [BLOCK_N, 4 * GROUPS] of values [BLOCK_N, 2 * GROUPS] and meta [BLOCK_N, GROUPS / 2].
+def columns(x, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """x [ROWS, 4 * GROUPS] -> the four columns of every group, each [ROWS, GROUPS]."""
+    even, odd = tl.split(tl.reshape(x, [ROWS, GROUPS, 2, 2]))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
 
-    Only moves bits: nothing is rounded.
+
+@triton.jit
+def expand(words, meta, dtype: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """The four dense columns of every group, each [ROWS, GROUPS]. Only moves bits: nothing is rounded.
+
+    words [ROWS, GROUPS]: both kept values of a group, the first in the lower half; meta: their indices i and j, as many
+    bits in a word as a value has.
+
+    The first stands i places from its end of the group, the second 3 - j from the other. At 0 a value stays in its half
+    of `outer`, columns 0 and 3. At 1 or 2 it goes to `inner`, columns 1 and 2: at 1 to its half, at 2 to the other.
     """
-    first, second = tl.split(tl.reshape(values, [BLOCK_N, GROUPS, 2]))
-    i, j = group_indices(meta, BLOCK_N, GROUPS)
-    w0 = tl.where(i == 0, first, 0.0)  # the indices of a group rise: the second is never 0
-    w1 = tl.where(i == 1, first, tl.where(j == 1, second, 0.0))
-    w2 = tl.where(i == 2, first, tl.where(j == 2, second, 0.0))
-    w3 = tl.where(j == 3, second, 0.0)  # nor the first 3
-    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK_N, 4 * GROUPS])
+    HALF: tl.constexpr = dtype.primitive_bitwidth
+    EACH: tl.constexpr = ((1 << HALF) - 1) // 15  # a one for every group, four bits apart
+    far = meta.to(words.dtype) ^ (12 * EACH)  # i, and 3 - j for j, of all groups of a word at once
+    leaves, turns = (far | (far >> 1)) & (5 * EACH), (far | (far >> 2)) & (2 * EACH)
+    bits = leaves | turns  # the first leaves, one of them turns, the second leaves
+    bits = spread(bits | (bits << (HALF - 2)), ROWS, GROUPS, HALF)  # "the second leaves" also at bit HALF
+    inner = words & ((bits & (1 | (1 << HALF))) * ((1 << HALF) - 1))  # a bit becomes the mask of its half
+    outer = words ^ inner
+    turn = (bits & 2) * (HALF // 2)
+    inner = (inner << turn) | (inner >> ((2 * HALF - turn) & (2 * HALF - 1)))  # rotated by 0 or HALF
+    w0, w3 = halves(outer, dtype)
+    w1, w2 = halves(inner, dtype)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def operand(c0, c1, c2, c3, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """The four columns of every group as one tile [ROWS, 4 * GROUPS], in the order that moves least.
+
+    A sum over K has no order, if both sides agree. In the matrix unit four threads share a row and take two neighbours
+    each in turn, so each thread gets a quarter of the groups, whole: it loads their words, expands them and multiplies
+    what it has. In a group's own order a pair would need bits of both words, and threads would share a group.
+    """
+    pairs = tl.join(tl.join(c0, c1), tl.join(c3, c2))  # [ROWS, GROUPS, 2, 2]: (0, 3) is outer, (1, 2) inner
+    pairs = tl.permute(tl.reshape(pairs, [ROWS, 4, GROUPS // 2, 2]), (0, 2, 1, 3))
+    return tl.reshape(pairs, [ROWS, 4 * GROUPS])
+
+
+@triton.jit
+def load_words(
+    words_ptr, meta_ptr, mask_n, block, k,
+    GROUPS: tl.constexpr, PER_WORD: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """words [ROWS, GROUPS] and meta [ROWS, GROUPS / PER_WORD] of one block of K; the pointers are those of the rows."""
+    cols_w = block * GROUPS + tl.arange(0, GROUPS)
+    cols_b = block * (GROUPS // PER_WORD) + tl.arange(0, GROUPS // PER_WORD)
+    mask_w = mask_n if EVEN_K else mask_n & (cols_w < k // 4)[None, :]
+    mask_b = mask_n if EVEN_K else mask_n & (cols_b < tl.cdiv(k, 4 * PER_WORD))[None, :]
+    words = tl.load(words_ptr + cols_w[None, :], mask=mask_w, other=0)
+    return words, tl.load(meta_ptr + cols_b[None, :], mask=mask_b, other=0)
 
 
 @triton.jit
 def _gemv_24_kernel(
     x_ptr, stride_xm, stride_xk,  # [M, K]
-    values_ptr, stride_vn, stride_vk,  # [N, K/2]
-    meta_ptr, stride_bn, stride_bk,  # [N, K/8] uint8
+    words_ptr, stride_wn,  # [N, K/4], two values a word
+    meta_ptr, stride_bn,  # [N, K/4/PER_WORD]
     y_ptr, stride_ym, stride_yn,  # [M, N] out
     n, k,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PER_WORD: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N outputs of one token, multiplied and added in fp32 without the matrix unit."""
+    """BLOCK_N outputs of one token, without the matrix unit: every kept weight picks its one of three inputs."""
     GROUPS: tl.constexpr = BLOCK_K // 4
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    offs_v = tl.arange(0, 2 * GROUPS)
-    offs_b = tl.arange(0, GROUPS // 2)
     mask_n = (offs_n < n)[:, None]
     x_ptr += tl.program_id(1).to(tl.int64) * stride_xm
-    values_ptr += offs_n[:, None] * stride_vn
+    words_ptr += offs_n[:, None] * stride_wn
     meta_ptr += offs_n[:, None] * stride_bn
     acc = tl.zeros([BLOCK_N, GROUPS], tl.float32)
-    for first in tl.range(0, k, BLOCK_K, num_stages=STAGES):
-        values = tl.load(
-            values_ptr + (first // 2 + offs_v).to(tl.int64)[None, :] * stride_vk,
-            mask=mask_n & (offs_v < (k - first) // 2)[None, :], other=0.0,
-        )  # fmt: skip
-        meta = tl.load(
-            meta_ptr + (first // 8 + offs_b).to(tl.int64)[None, :] * stride_bk,
-            mask=mask_n & (offs_b < (k - first) // 8)[None, :], other=0,
-        )  # fmt: skip
-        x = tl.load(x_ptr + (first + offs_k).to(tl.int64) * stride_xk, mask=offs_k < k - first, other=0.0)
-        even, odd = tl.split(tl.reshape(x.to(tl.float32), [GROUPS, 2, 2]))  # columns 0 and 2, 1 and 3 of each group
-        x0, x2 = tl.split(even)
-        x1, x3 = tl.split(odd)
-        a, b = tl.split(tl.reshape(values.to(tl.float32), [BLOCK_N, GROUPS, 2]))
-        i, j = group_indices(meta, BLOCK_N, GROUPS)
-        acc += a * pick(x0[None, :], x1[None, :], x2[None, :], x3[None, :], i)
-        acc += b * pick(x0[None, :], x1[None, :], x2[None, :], x3[None, :], j)
+    for block in tl.range(0, tl.cdiv(k, BLOCK_K), num_stages=STAGES):
+        words, meta = load_words(words_ptr, meta_ptr, mask_n, block, k, GROUPS, PER_WORD, EVEN_K)
+        cols_k = block * BLOCK_K + offs_k
+        x = tl.load(x_ptr + cols_k.to(tl.int64) * stride_xk, mask=cols_k < k, other=0.0)
+        x0, x1, x2, x3 = columns(x.to(tl.float32)[None, :], 1, GROUPS)
+        first, second = halves(words, x.dtype)
+        index = spread(meta.to(tl.uint32), BLOCK_N, GROUPS, 4 * PER_WORD)  # i in its lowest two bits, then j
+        acc += first.to(tl.float32) * tl.where((index & 1) != 0, x1, tl.where((index & 2) != 0, x2, x0))
+        acc += second.to(tl.float32) * tl.where((index & 8) == 0, x1, tl.where((index & 4) == 0, x2, x3))
     y_ptrs = y_ptr + tl.program_id(1).to(tl.int64) * stride_ym + offs_n * stride_yn
     tl.store(y_ptrs, cast(tl.sum(acc, 1), y_ptr.dtype.element_ty), mask=offs_n < n)
 
@@ -96,13 +136,14 @@ def _gemv_24_kernel(
 @triton.jit
 def _matmul_24_kernel(
     x_ptr, stride_xm, stride_xk,  # [M, K]
-    values_ptr, stride_vn, stride_vk,  # [N, K/2]
-    meta_ptr, stride_bn, stride_bk,  # [N, K/8] uint8
+    words_ptr, stride_wn,  # [N, K/4], two values a word
+    meta_ptr, stride_bn,  # [N, K/4/PER_WORD]
     y_ptr, stride_ym, stride_yn,  # [M, N] out
     part_ptr, stride_pp, stride_pn,  # [programs, BLOCK_N, BLOCK_M] fp32, scratch if SPLIT_K > 1
     arrived_ptr,  # [tiles] int32, zero before and after
     m, n, k, k_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
+    PER_WORD: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of y^T = w x^T: chapter 02's flat GEMM, with w expanded on its way to the matrix unit."""
     GROUPS: tl.constexpr = BLOCK_K // 4
@@ -111,29 +152,22 @@ def _matmul_24_kernel(
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(2).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
-    offs_v = tl.arange(0, 2 * GROUPS)
-    offs_b = tl.arange(0, GROUPS // 2)
     mask_n, mask_m = (offs_n < n)[:, None], (offs_m < m)[:, None]
-    start = pid_k * k_per_split
-    end = tl.minimum(start + k_per_split, k)
     x_ptr += offs_m[:, None] * stride_xm
-    values_ptr += offs_n[:, None] * stride_vn
+    words_ptr += offs_n[:, None] * stride_wn
     meta_ptr += offs_n[:, None] * stride_bn
+    start = pid_k * (k_per_split // BLOCK_K)
+    end = tl.minimum(start + k_per_split // BLOCK_K, tl.cdiv(k, BLOCK_K))
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for first in range(start, end, BLOCK_K):
-        values = tl.load(
-            values_ptr + (first // 2 + offs_v).to(tl.int64)[None, :] * stride_vk,
-            mask=mask_n & (offs_v < (end - first) // 2)[None, :], other=0.0,
-        )  # fmt: skip
-        meta = tl.load(
-            meta_ptr + (first // 8 + offs_b).to(tl.int64)[None, :] * stride_bk,
-            mask=mask_n & (offs_b < (end - first) // 8)[None, :], other=0,
-        )  # fmt: skip
-        x = tl.load(
-            x_ptr + (first + offs_k).to(tl.int64)[None, :] * stride_xk,
-            mask=mask_m & (offs_k < end - first)[None, :], other=0.0,
-        )  # fmt: skip
-        acc += dot(expand(values, meta, BLOCK_N, GROUPS), tl.trans(x))
+    for block in range(start, end):
+        words, meta = load_words(words_ptr, meta_ptr, mask_n, block, k, GROUPS, PER_WORD, EVEN_K)
+        cols_k = block * BLOCK_K + offs_k
+        mask_x = mask_m if EVEN_K else mask_m & (cols_k < k)[None, :]
+        x = tl.load(x_ptr + cols_k.to(tl.int64)[None, :] * stride_xk, mask=mask_x, other=0.0)
+        w0, w1, w2, w3 = expand(words, meta, x.dtype, BLOCK_N, GROUPS)
+        x0, x1, x2, x3 = columns(x, BLOCK_M, GROUPS)
+        w, x = operand(w0, w1, w2, w3, BLOCK_N, GROUPS), operand(x0, x1, x2, x3, BLOCK_M, GROUPS)
+        acc += dot(w, tl.trans(x))
     y_ptrs = y_ptr + offs_m[None, :] * stride_ym + offs_n[:, None] * stride_yn
     mask_y = mask_n & (offs_m < m)[None, :]
     part_ptr += tile.to(tl.int64) * SPLIT_K * stride_pp
@@ -143,33 +177,50 @@ def _matmul_24_kernel(
 
 
 def config_24(dtype: torch.dtype, m: int, n: int, k: int) -> dict:
-    """Tile sizes, launch options and how often K is cut, for x [m, k] and a compressed w [n, k]; m > 1."""
+    """Tile sizes, launch options and how often K is cut, for x [m, k] and a compressed w [n, k]."""
     block_m = min(64, max(16, triton.next_power_of_2(m)))
-    block_n, block_k = (32, 64) if dtype == torch.float32 else (64, 128)
+    # 64 rows of w are one wgmma. From fp32 Triton would make TF32 of them on a B200, whatever the precision asked for.
+    block_n, block_k = 32 if dtype == torch.float32 else 64, 128
     tiles = triton.cdiv(n, block_n) * triton.cdiv(m, block_m)
     split_k = cut_k(tiles, triton.cdiv(k, block_k))
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, SPLIT_K=split_k, num_warps=4, num_stages=3)
+
+
+def as_words(t, dtype):
+    """t [rows, columns] with neighbours taken as one of a wider dtype: a view, or a padded copy where none can be."""
+    count = dtype.itemsize // t.element_size()
+    if t.stride(1) != 1 or t.stride(0) % count or t.shape[1] % count or t.data_ptr() % dtype.itemsize:
+        t = F.pad(t, (0, -t.shape[1] % count)).contiguous()
+    return t.view(dtype)
 
 
 def matmul_24(x, values, meta):
     """y = x w^T with a 2:4 sparse w compressed by `labkit.pruning.pack_24`: x [M, K], values [N, K/2] in x's dtype,
     meta [N, K/8] uint8, any strides; fp16, bf16 or fp32; K a multiple of 8.
 
-    One token goes without the matrix unit, more go with it, padded to 16. Returns y [M, N] in x.dtype.
-    Raises ValueError naming the argument. Source of the format: Mishra et al. 2021, section 3.
+    On the matrix unit, tokens padded to 16; one token in fp32 goes without. values and meta are read as words: they are
+    copied where their rows are not contiguous, and meta where K is no multiple of 16 (fp32: 32).
+
+    Returns y [M, N] in x.dtype. Raises ValueError naming the argument.
+    Source of the format: Mishra et al. 2021, section 3.
     """
     m, n, k = args.sparse_24(x, values, meta)
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
-        return y
-    inputs = (x, *x.stride(), values, *values.stride(), meta, *meta.stride())
-    if m == 1:
-        block_k = min(4096 // x.element_size(), max(16, triton.next_power_of_2(k)))
+    if y.numel() == 0 or k == 0:
+        return y.zero_()
+    single, double = (torch.uint16, torch.uint32) if x.element_size() == 2 else (torch.uint32, torch.uint64)
+    words, meta = as_words(values, double), as_words(meta, single)
+    inputs = (x, *x.stride(), words, words.stride(0), meta, meta.stride(0))
+    per_word = 2 * x.element_size()  # groups in a word of meta
+    if m == 1 and x.dtype == torch.float32:
+        block_k = min(1024, max(32, triton.next_power_of_2(k)))
         _gemv_24_kernel[(triton.cdiv(n, 4), m)](
-            *inputs, y, *y.stride(), n, k, BLOCK_N=4, BLOCK_K=block_k, STAGES=3, num_warps=4,
+            *inputs, y, *y.stride(), n, k,
+            BLOCK_N=4, BLOCK_K=block_k, PER_WORD=per_word, EVEN_K=k % block_k == 0, STAGES=3, num_warps=4,
         )  # fmt: skip
         return y
-    launch_tiles(_matmul_24_kernel, inputs, y, k, config_24(x.dtype, m, n, k))
+    config = config_24(x.dtype, m, n, k)
+    launch_tiles(_matmul_24_kernel, inputs, y, k, config, PER_WORD=per_word, EVEN_K=k % config["BLOCK_K"] == 0)
     return y
 
 

@@ -35,7 +35,7 @@ def codegen_cases():
 
     def product(m, n, k, dtype="bfloat16"):
         tensors = dict(x=tensor((m, k), dtype), values=tensor((n, k // 2), dtype), meta=tensor((n, k // 8), "uint8"))
-        matrix = ("_matmul_24_kernel",) if m > 1 else ()
+        matrix = () if m == 1 and dtype == "float32" else ("_matmul_24_kernel",)
         return codegen.Case("kernels.pruning:matmul_24", f"{dtype}, M={m} [{n}, {k}]", tensors, matrix=matrix)
 
     def mask(name, rows, k, dtype="bfloat16", **options):

@@ -20,12 +20,25 @@ from labkit.model import Config, Llama
 
 # (old text, new text) of these files; tests/planted_bugs.py plants them one at a time.
 PLANTED_BUGS = [
-    ("kernels/pruning.py", "w0 = tl.where(i == 0, first, 0.0)", "w0 = tl.where(i == 0, second, 0.0)"),
-    ("kernels/pruning.py", "tl.join(tl.join(w0, w2), tl.join(w1, w3))", "tl.join(tl.join(w0, w1), tl.join(w2, w3))"),
-    ("kernels/pruning.py", "tl.join(meta & 15, meta >> 4)", "tl.join(meta >> 4, meta & 15)"),
-    ("kernels/pruning.py", "low = (index & 1) == 0", "low = (index & 1) == 1"),
+    ("kernels/pruning.py", "^ (12 * EACH)", "^ (3 * EACH)"),
+    ("kernels/pruning.py", "(far | (far >> 2)) & (2 * EACH)", "far & (2 * EACH)"),
+    ("kernels/pruning.py", "(far | (far >> 1)) & (5 * EACH)", "far & (5 * EACH)"),
+    ("kernels/pruning.py", "outer = words ^ inner", "outer = words"),
+    ("kernels/pruning.py", "turn = (bits & 2) * (HALF // 2)", "turn = bits & 0"),
+    ("kernels/pruning.py", "return w0, w1, w2, w3", "return w0, w2, w1, w3"),
+    ("kernels/pruning.py", "bits = tl.join(bits, bits >> 8)", "bits = tl.join(bits >> 8, bits)"),
+    ("kernels/pruning.py", "bits = tl.join(bits, bits >> 16)", "bits = tl.join(bits, bits)"),
     ("kernels/pruning.py", "x0, x2 = tl.split(even)", "x2, x0 = tl.split(even)"),
-    ("kernels/pruning.py", "end = tl.minimum(start + k_per_split, k)", "end = k"),
+    ("kernels/pruning.py", "(index & 8) == 0, x1, tl.where((index & 4) == 0, x2, x3)", "(index & 4) == 0, x2, x3"),
+    ("kernels/pruning.py", "F.pad(t, (0, -t.shape[1] % count)).contiguous()", "t.flatten()[:t.numel() // count * count].view(len(t), -1)"),
+    ("kernels/pruning.py", "if t.stride(1) != 1 or", "if"),
+    ("kernels/pruning.py", "or t.stride(0) % count", ""),
+    ("kernels/pruning.py", "or t.data_ptr() % dtype.itemsize", ""),
+    ("kernels/pruning.py", "bits | (bits << (HALF - 2))", "bits | (bits << HALF)"),
+    ("kernels/pruning.py", "y.numel() == 0 or k == 0", "y.numel() == 0"),
+    ("kernels/pruning.py", "end = tl.minimum(start + k_per_split // BLOCK_K, tl.cdiv(k, BLOCK_K))", "end = tl.cdiv(k, BLOCK_K)"),
+    ("kernels/pruning.py", "mask_w = mask_n if EVEN_K else mask_n & (cols_w < k // 4)[None, :]", "mask_w = mask_n"),
+    ("kernels/pruning.py", "mask_x = mask_m if EVEN_K else mask_m & (cols_k < k)[None, :]", "mask_x = mask_m"),
     ("kernels/flash_decoding_pp.py", "== SPLIT_K - 1:", "== SPLIT_K - 2:"),
     ("kernels/flash_decoding_pp.py", "tl.store(arrived_ptr, 0)", "tl.store(arrived_ptr, 1)"),
     ("kernels/pruning.py", "part_ptr += tile.to(tl.int64) * SPLIT_K * stride_pp", "part_ptr += 0"),
@@ -237,7 +250,7 @@ def test_bad_24_is_named(device):
 
 
 @pytest.mark.parametrize("m, n, k, dtype, strided", [
-    (1, 5, 128, F32, False), (1, 9, 4104, BF16, False), (1, 130, 136, F16, True), (1, 1, 8, BF16, False),
+    (1, 5, 128, F32, False), (1, 6, 1032, F32, True), (1, 9, 4104, BF16, False), (1, 130, 136, F16, True), (1, 1, 8, BF16, False),
     (2, 3, 8, F32, False), (3, 70, 520, F16, False), (16, 33, 64, BF16, True), (17, 64, 128, BF16, False),
     (8, 20, 1160, F32, False), (5, 65, 1032, BF16, False), (70, 8, 136, F16, False), (0, 3, 8, F32, False), (2, 0, 8, F32, False),
     (3, 4, 0, F32, False),
@@ -252,6 +265,39 @@ def test_matmul_24(m, n, k, dtype, strided, device, monkeypatch):
     nan_in_fresh_memory(monkeypatch)
     for _ in range(2 if k > 1000 else 1):  # K is cut there: the arrival counters must be back at zero
         assert_matches(kp.matmul_24(x, values, meta), ref.matmul_24, x, values, meta)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+def test_matmul_24_only_moves_the_weights(dtype, device):
+    """Times the identity: every way to keep at most two of four, next to every other, comes back to the bit."""
+    ways = [[(c >> i) & 1 for i in range(4)] for c in range(16) if bin(c).count("1") <= 2]
+    mask = torch.tensor([a + b for a in ways for b in ways], device=device).bool().view(11, 88)
+    w = tensor(11, 88, dtype=dtype, device=device)
+    y = kp.matmul_24(torch.eye(88, dtype=dtype, device=device), *ref.pack_24(w, mask))
+    assert torch.equal(y, (w * mask).t())
+
+
+@pytest.mark.parametrize("m, dtype", [(1, F32), (1, BF16), (3, F16)], ids=str)
+def test_matmul_24_reads_no_neighbours(m, dtype, device):
+    """NaN in one row of the weight, and in one token: beyond the end of a row lies the next one."""
+    x, w = tensor(m, 136, dtype=dtype, device=device), tensor(4, 136, seed=1, dtype=dtype, device=device)
+    values, meta = ref.pack_24(w, ref.nm_mask(w.abs(), 2, 4))
+    x[1:2], values[2] = math.nan, math.nan
+    y = kp.matmul_24(x, values, meta)
+    assert torch.isnan(y[1:2]).all()
+    assert torch.isnan(y[:, 2]).all()
+    assert_matches(y[::2, :2], ref.matmul_24, x[::2], values[:2], meta[:2])
+
+
+@pytest.mark.parametrize("before, after", [(1, 0), (1, 1), (0, 1)])
+def test_matmul_24_rows_that_start_anywhere(before, after, device):
+    x, w = tensor(2, 64, dtype=BF16, device=device), tensor(3, 64, seed=1, dtype=BF16, device=device)
+    values, meta = ref.pack_24(w, ref.nm_mask(w.abs(), 2, 4))
+    placed = []
+    for t in (values, meta):
+        room = torch.full((3, before + t.shape[1] + after), 99, dtype=t.dtype, device=device)
+        placed.append(room[:, before : before + t.shape[1]].copy_(t))
+    assert_matches(kp.matmul_24(x, *placed), ref.matmul_24, x, values, meta)
 
 
 def test_k_is_cut_where_n_is_small():
