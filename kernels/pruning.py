@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from kernels import INTERPRETED
 from kernels._tile import cast, dot
 from kernels.flash_decoding_pp import cut_k, flat_gemm, gemv, launch_tiles, store_share
 from labkit import args
@@ -76,15 +77,15 @@ def expand(words, meta, dtype: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.cons
 
 
 @triton.jit
-def operand(c0, c1, c2, c3, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+def operand(c0, c1, c2, c3, ROWS: tl.constexpr, GROUPS: tl.constexpr, NEIGHBOURS: tl.constexpr):
     """The four columns of every group as one tile [ROWS, 4 * GROUPS], in the order that moves least.
 
-    A sum over K has no order, if both sides agree. In the matrix unit four threads share a row and take two neighbours
-    each in turn, so each thread gets a quarter of the groups, whole: it loads their words, expands them and multiplies
-    what it has. In a group's own order a pair would need bits of both words, and threads would share a group.
+    A sum over K has no order, if both sides agree. In the matrix unit four threads share a row and take NEIGHBOURS
+    columns each in turn. Laid out like this each thread gets a quarter of the groups, whole: it loads their words,
+    expands them and multiplies what it has, and no weight passes through shared memory again.
     """
     pairs = tl.join(tl.join(c0, c1), tl.join(c3, c2))  # [ROWS, GROUPS, 2, 2]: (0, 3) is outer, (1, 2) inner
-    pairs = tl.permute(tl.reshape(pairs, [ROWS, 4, GROUPS // 2, 2]), (0, 2, 1, 3))
+    pairs = tl.permute(tl.reshape(pairs, [ROWS, 4, GROUPS // NEIGHBOURS, NEIGHBOURS]), (0, 2, 1, 3))
     return tl.reshape(pairs, [ROWS, 4 * GROUPS])
 
 
@@ -143,7 +144,7 @@ def _matmul_24_kernel(
     arrived_ptr,  # [tiles] int32, zero before and after
     m, n, k, k_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
-    PER_WORD: tl.constexpr, EVEN_K: tl.constexpr,
+    NEIGHBOURS: tl.constexpr, PER_WORD: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of y^T = w x^T: chapter 02's flat GEMM, with w expanded on its way to the matrix unit."""
     GROUPS: tl.constexpr = BLOCK_K // 4
@@ -166,8 +167,8 @@ def _matmul_24_kernel(
         x = tl.load(x_ptr + cols_k.to(tl.int64)[None, :] * stride_xk, mask=mask_x, other=0.0)
         w0, w1, w2, w3 = expand(words, meta, x.dtype, BLOCK_N, GROUPS)
         x0, x1, x2, x3 = columns(x, BLOCK_M, GROUPS)
-        w, x = operand(w0, w1, w2, w3, BLOCK_N, GROUPS), operand(x0, x1, x2, x3, BLOCK_M, GROUPS)
-        acc += dot(w, tl.trans(x))
+        w = operand(w0, w1, w2, w3, BLOCK_N, GROUPS, NEIGHBOURS)
+        acc += dot(w, tl.trans(operand(x0, x1, x2, x3, BLOCK_M, GROUPS, NEIGHBOURS)))
     y_ptrs = y_ptr + offs_m[None, :] * stride_ym + offs_n[:, None] * stride_yn
     mask_y = mask_n & (offs_m < m)[None, :]
     part_ptr += tile.to(tl.int64) * SPLIT_K * stride_pp
@@ -183,7 +184,18 @@ def config_24(dtype: torch.dtype, m: int, n: int, k: int) -> dict:
     block_n, block_k = 32 if dtype == torch.float32 else 64, 128
     tiles = triton.cdiv(n, block_n) * triton.cdiv(m, block_m)
     split_k = cut_k(tiles, triton.cdiv(k, block_k))
-    return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, SPLIT_K=split_k, num_warps=4, num_stages=3)
+    return dict(
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, SPLIT_K=split_k, NEIGHBOURS=_neighbours(),
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+
+
+def _neighbours() -> int:
+    """Columns that a thread takes in turn: 2 in Hopper's wgmma, 4 where Triton lays out what was computed otherwise."""
+    if INTERPRETED:
+        return 2
+    target = triton.runtime.driver.active.get_current_target()
+    return 2 if target.backend == "cuda" and target.arch == 90 else 4
 
 
 def as_words(t, dtype):

@@ -34,6 +34,8 @@ PLANTED_BUGS = [
     ("kernels/pruning.py", "if t.stride(1) != 1 or", "if"),
     ("kernels/pruning.py", "or t.stride(0) % count", ""),
     ("kernels/pruning.py", "or t.data_ptr() % dtype.itemsize", ""),
+    ("kernels/pruning.py", "operand(x0, x1, x2, x3, BLOCK_M, GROUPS, NEIGHBOURS)", "operand(x0, x1, x2, x3, BLOCK_M, GROUPS, 2)"),
+    ("kernels/pruning.py", "tl.join(tl.join(c0, c1), tl.join(c3, c2))", "tl.join(tl.join(c0, c1), tl.join(c2 * 1, c2))"),
     ("kernels/pruning.py", "bits | (bits << (HALF - 2))", "bits | (bits << HALF)"),
     ("kernels/pruning.py", "y.numel() == 0 or k == 0", "y.numel() == 0"),
     ("kernels/pruning.py", "end = tl.minimum(start + k_per_split // BLOCK_K, tl.cdiv(k, BLOCK_K))", "end = tl.cdiv(k, BLOCK_K)"),
@@ -267,12 +269,13 @@ def test_matmul_24(m, n, k, dtype, strided, device, monkeypatch):
         assert_matches(kp.matmul_24(x, values, meta), ref.matmul_24, x, values, meta)
 
 
-@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
-def test_matmul_24_only_moves_the_weights(dtype, device):
+@pytest.mark.parametrize("dtype, neighbours", [(F16, 4), (BF16, 2), (BF16, 4), (F32, 2), (F32, 4)], ids=str)
+def test_matmul_24_only_moves_the_weights(dtype, neighbours, device, monkeypatch):
     """Times the identity: every way to keep at most two of four, next to every other, comes back to the bit."""
     ways = [[(c >> i) & 1 for i in range(4)] for c in range(16) if bin(c).count("1") <= 2]
     mask = torch.tensor([a + b for a in ways for b in ways], device=device).bool().view(11, 88)
     w = tensor(11, 88, dtype=dtype, device=device)
+    monkeypatch.setattr(kp, "_neighbours", lambda: neighbours)
     y = kp.matmul_24(torch.eye(88, dtype=dtype, device=device), *ref.pack_24(w, mask))
     assert torch.equal(y, (w * mask).t())
 
