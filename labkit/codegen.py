@@ -303,6 +303,7 @@ def _compile_case(case, target, launches):
         }
         # Blackwell's instruction keeps its shape in an operand; the accumulator in Triton's IR tells it.
         shapes = sorted(set(re.findall(r"tc_gen5_mma .*memdesc<(\d+x\d+)xf32", kernel.asm.get("ttgir", ""))))
+        shapes += ["TF32"] if "kind::tf32" in kernel.asm.get("ptx", "") else []  # nor does its name tell this
         row["matrix"] = {".".join([k, *shapes * k.startswith("UTC")]): n for k, n in row["matrix"].items()}
         sizes = {int(bits): int(bits) * count for bits, count in row["loads"].items()}
         row["wide_share"] = sum(v for k, v in sizes.items() if k >= 128) / max(1, sum(sizes.values()))

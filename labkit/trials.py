@@ -119,8 +119,16 @@ TRIALS = (
           "memory busy either way.", rules={"kernels.fusion:row_config": {"num_warps": 4}}),
     Trial("2:4: four stages", "pruning", "2:4 gate M=8", (0.98, 1.08), "The compressed tiles are small. One more fits.",
           rules={"kernels.pruning:config_24": {"num_stages": 4}}, compiled="bfloat16, M=16 [4096, 4096]"),
-    Trial("2:4: 256 of K a tile", "pruning", "2:4 gate M=8", (0.9, 1.05), "Wider rows, fewer turns; but the expanded "
-          "tile lies in registers.", rules={"kernels.pruning:config_24": {"BLOCK_K": 256}},
+    Trial("2:4: 256 of K a tile", "pruning", "2:4 gate M=8", (0.9, 1.05), "Wider rows, fewer turns, and half as many "
+          "programs in an SM.", rules={"kernels.pruning:config_24": {"BLOCK_K": 256}},
+          compiled="bfloat16, M=16 [4096, 4096]"),
+    Trial("2:4: 128 rows a tile", "pruning", "2:4 gate M=8", (0.95, 1.05), "x is expanded into the order of the matrix "
+          "unit half as often: a few instructions less.",
+          rules={"kernels.pruning:config_24": {"BLOCK_N": 128, "num_warps": 8}},
+          compiled="bfloat16, M=16 [4096, 4096]"),
+    Trial("2:4: 8 tokens a tile for 8", "pruning", "2:4 gate M=8", (0.95, 1.1), "No padding, and the matrix unit's "
+          "older instruction: fewer registers, and no wait for a group of warps.",
+          rules={"kernels.pruning:config_24": {"BLOCK_M": 8, "NEIGHBOURS": 4}},
           compiled="bfloat16, M=16 [4096, 4096]"),
     Trial("distillation: 8,192 logits a tile", "distillation", "forward KL, vocabulary 128,256", (0.95, 1.05),
           "Twice the threads walk along a row: as much on its way in an SM, in half as many programs.",
