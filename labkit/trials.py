@@ -328,7 +328,7 @@ def _difference(as_is, changed):
         return changed.get("error", "") or as_is["error"]
     arrow = "{} {} \N{RIGHTWARDS ARROW} {}"
     names = {"registers": "registers", "shared": "shared KiB", "programs_per_sm": "programs / SM"}
-    names |= {"per_byte": "instructions / byte"}
+    names |= {"per_byte": "instr. / byte"}
     shown = [
         {**facts, "shared": codegen.kib(facts["shared"]), "per_byte": main_loop(facts)} for facts in (as_is, changed)
     ]

@@ -170,7 +170,7 @@ def test_what_the_compiler_rules_out(gain, facts, outcome):
 def test_what_the_change_did_to_the_kernel():
     other = FACTS | {"registers": 90, "loops": [[120, 40], [160, 40]]}
     line = log_of(TRIALS[0], (), other).lines(TRIALS[0].topic)[1]
-    assert line[3] == "registers 80 \N{RIGHTWARDS ARROW} 90\ninstructions / byte 2.0 \N{RIGHTWARDS ARROW} 3.0"
+    assert line[3] == "registers 80 \N{RIGHTWARDS ARROW} 90\ninstr. / byte 2.0 \N{RIGHTWARDS ARROW} 3.0"
     assert log_of(TRIALS[0]).lines(TRIALS[0].topic)[1][3] == "the same resources"
 
 
