@@ -101,8 +101,6 @@ def ragged_config(dtype: torch.dtype, head_dim: int, group: int, page_size: int,
     else:
         config = attention_config(dtype, head_dim)
         rows = config.pop("BLOCK_M")
-        if page_size % config["BLOCK_N"]:  # a page's id and address for every key take registers
-            config["BLOCK_N"] = min(config["BLOCK_N"], 32)
         if config["BLOCK_D"] > 128:
             config["num_warps"] = 8
     group = triton.next_power_of_2(group)

@@ -173,7 +173,7 @@ PLANTED_BUGS = [
     ("kernels/attention.py", "inner == 1 and ", ""),
     ("kernels/attention.py", "outer[1] > 0 and ", ""),
     ("kernels/attention.py", "[x.data_ptr(), *(stride", "[*(stride"),
-    ("kernels/attention.py", "(offs_n < end - first)[:, None] & mask_d", "mask_d"),
+    ("kernels/attention.py", "(rows < end) & mask_d", "mask_d"),
     ("kernels/_tile.py", "tl.max(s, 1) * qk_scale", "tl.max(s, 1)"),
     ("kernels/_tile.py", "tl.fma(s, qk_scale, -m_safe[:, None])", "s - m_safe[:, None]"),
     ("kernels/_tile.py", "0 < sm_scale < float", "0 <= sm_scale < float"),

@@ -241,7 +241,7 @@ PLANTED_BUGS = [
     ("kernels/_tile.py", "l * alpha + tl.sum(p, 1)", "l + tl.sum(p, 1)"),
     ("kernels/_tile.py", "bits += 0x7FFF + ((bits >> 16) & 1)", "bits += 0x7FFF"),
     ("kernels/_tile.py", "l = tl.where(l == 0.0, 1.0, l)", "l = l"),
-    ("kernels/_tile.py", "return acc / l[:, None], (m + tl.log2(l)) * LN2", "return acc / l[:, None], m + tl.log2(l)"),
+    ("kernels/_tile.py", "return acc * (1.0 / l)[:, None], (m + tl.log2(l)) * LN2", "return acc * (1.0 / l)[:, None], m + tl.log2(l)"),
     ("labkit/flash_decoding.py", "op=dist.ReduceOp.MAX, ", ""),
     ("labkit/flash_decoding.py", "(kv_lens - rank * per_rank)", "kv_lens"),
     ("labkit/splits.py", "0.85 * best", "0.9 * best"),

@@ -458,7 +458,7 @@ def test_the_record_is_of_this_study():
 PLANTED_BUGS = [
     ("kernels/gqa.py", "TILES=group // heads", "TILES=group"),
     ("kernels/gqa.py", "tiles = num_q_heads // heads", "tiles = num_kv_heads"),
-    ("kernels/gqa.py", "max_kv_len, num_splits, heads, args", "max_kv_len, num_splits, group, args"),
+    ("kernels/gqa.py", "max_kv_len, num_splits, heads, qk", "max_kv_len, num_splits, group, qk"),
     ("kernels/gqa.py", "group % heads == 0", "num_q_heads % heads == 0"),
     ("kernels/gqa.py", "sm_scale=sm_scale, heads=1)", "sm_scale=sm_scale)"),
     ("kernels/gqa.py", "    merge_splits()", "    pass"),
