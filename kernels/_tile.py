@@ -61,7 +61,8 @@ def qk_scale(sm_scale: float | None, head_dim: int) -> float:
 
     Raises ValueError for a scale that is not positive: the largest score is found before the scores are scaled.
     """
-    args.expect(sm_scale is None or 0 < sm_scale < float("inf"), "sm_scale", sm_scale, "a positive number")
+    positive = sm_scale is None or 2.0**-126 <= sm_scale < float("inf")  # in fp32, too
+    args.expect(positive, "sm_scale", sm_scale, "a positive number")
     return args.scale(sm_scale, head_dim) * LOG2E.value
 
 
@@ -95,8 +96,8 @@ def cast(x, dtype: tl.constexpr):
 def softmax_step(s, m, l, qk_scale):
     """One step of the online softmax (Milakov & Gimelshein 2018, Algorithm 3), in powers of two.
 
-    s [M, N] scores, -inf where masked; qk_scale > 0: log2(e) times the scale of the scores; m, l [M] running maximum
-    of the scaled scores, and denominator.
+    s [M, N] scores, -inf where masked; qk_scale > 0: log2(e) times the scale of the scores, which stay below 2^24 in
+    size when scaled; m, l [M] running maximum of the scaled scores, and denominator.
     Returns p [M, N], alpha [M] (what the accumulator has to be multiplied with), and the new m and l.
     """
     m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)  # the largest stays the largest under a positive scale

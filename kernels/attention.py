@@ -17,9 +17,10 @@ def _load_tile(
     source, stride_n, stride_d, first, end,  # one head's rows [L, D]
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Rows [first, first + BLOCK_N): [BLOCK_N, BLOCK_D]. Where there is nothing (from `end` on if MASKED) it has zeros.
+    """Rows [first, first + BLOCK_N): [BLOCK_N, BLOCK_D], and zeros beyond the head's columns and beyond the keys.
 
-    source: with TMA a descriptor, which knows its own bounds and strides; else a pointer.
+    source: with TMA a descriptor, which knows bounds and strides of all keys. Else a pointer; from `end` on nothing is
+    read if MASKED, and without it `end` is not reached.
     """
     if TMA:
         tile = source.load([first, 0])
@@ -130,7 +131,7 @@ def attention_config(dtype: torch.dtype, head_dim: int) -> dict:
         block_m, num_warps, num_stages = 32 if block_d <= 64 else 16, 4, 2 if block_d <= 128 else 1
         block_n = block_m
     elif room < 128 * 1024:
-        block_m, block_n, num_warps, num_stages = 64, 32, 8 if block_d == 128 else 4, 2
+        block_m, block_n, num_warps, num_stages = 64, 32, 8 if block_d >= 128 else 4, 2
     elif block_d <= 128:
         block_m, block_n, num_warps, num_stages = 128, 64 if block_d <= 64 or room > 200_000 else 32, 8, 3
     else:
@@ -143,9 +144,13 @@ def prefill_config(dtype: torch.dtype, head_dim: int, readable: bool) -> dict:
 
     Nobody computes addresses then, and the registers that held them hold scores.
     """
-    config = attention_config(dtype, head_dim) | {"TMA": readable and dtype != torch.float32 and has_tma()}
-    if config["TMA"] and config["BLOCK_D"] >= 128 and device_properties()["max_shared_mem"] > 200_000:
-        config |= {"BLOCK_M": 128, "BLOCK_N": 128 if config["BLOCK_D"] == 128 else 64, "num_stages": 2}
+    config = attention_config(dtype, head_dim) | {"TMA": False}
+    if readable and dtype != torch.float32 and has_tma() and device_properties()["max_shared_mem"] > 200_000:
+        config["TMA"] = True
+        if config["BLOCK_D"] == 128:
+            config |= {"BLOCK_N": 128, "num_stages": 2}
+        elif config["BLOCK_D"] == 256 and head_dim % 16 == 0:  # else q is loaded piece by piece, which takes registers
+            config |= {"BLOCK_M": 128, "num_stages": 2}
     return config
 
 
@@ -157,7 +162,10 @@ def tma_can_read(x) -> bool:
 
 
 def _scratch(size: int, alignment: int, stream: int | None):
-    """Memory on the device for a launch's descriptors, which its programs write themselves."""
+    """Memory on the device for a launch's descriptors, which its programs write themselves.
+
+    Triton has one allocator for all kernels of a thread: a launch puts this one in the place of whatever was set.
+    """
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
@@ -167,7 +175,8 @@ def attention(q, k, v, *, causal=True, window=None, num_sinks=0, sm_scale=None, 
     q [B, T, Hq, D]; k, v [B, L, Hkv, D], any strides; fp16, bf16 or fp32; D up to 256. kv_lens [B] int32 on q's
     device, all L keys if None. The mask is aligned bottom-right: query i sits at position kv_lens - T + i. window
     (only with causal) keeps the last `window` keys, the token itself included, and the first num_sinks. A query that
-    sees nothing gets 0. Returns o [B, T, Hq, D] in q.dtype. Raises ValueError naming the argument.
+    sees nothing gets 0. sm_scale > 0 defaults to D ** -0.5. On an H100, H200 or B200 the TMA fetches k and v, if it
+    can read them. Returns o [B, T, Hq, D] in q.dtype. Raises ValueError naming the argument.
     Source: Dao 2023, FlashAttention-2, Algorithm 1 (with the rescaling factor e^(m_old - m_new), not its inverse).
     """
     batch, q_len, num_q_heads, num_kv_heads, max_kv_len, head_dim = args.prefill(

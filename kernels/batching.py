@@ -114,7 +114,7 @@ def ragged_attention(q, k_pages, v_pages, block_table, q_starts, kv_lens, *, sm_
     q_starts[b + 1], perhaps none. k_pages, v_pages [P, page_size, Hkv, D], Hq a multiple of Hkv; any strides; fp16,
     bf16 or fp32; D up to 256; any page size. block_table [B, max_pages], q_starts [B + 1] and kv_lens [B] int32 on q's
     device. kv_lens count the chunk, whose keys are in their pages already. The mask is aligned bottom-right: a
-    sequence's last query sits on its last key. A query that sees no key gets 0. sm_scale defaults to D ** -0.5.
+    sequence's last query sits on its last key. A query that sees no key gets 0. sm_scale > 0 defaults to D ** -0.5.
 
     Page ids beyond kv_len are never read. Within it an id must lie in [0, P), and q_starts must rise from 0 to N:
     elsewhere it is an error on the CPU and under LAB_CHECK=1; where values are not looked at, a page that does not

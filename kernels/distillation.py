@@ -16,7 +16,7 @@ from triton.language.target_info import is_cuda
 from kernels._tile import INTERPRET, LN2, LOG2E, cast, finite, own_max, own_sum, thread_view
 from labkit import args
 
-EACH = 16  # logits of a row that a thread holds: two loads of 16 bytes in bf16
+EACH = 16  # logits of a row that a thread holds, with 32 in a warp: two loads of 16 bytes in bf16
 FORWARD, REVERSE, JSD = (tl.constexpr(i) for i in range(3))
 KINDS = {"forward_kl": FORWARD.value, "reverse_kl": REVERSE.value, "jsd": JSD.value}
 

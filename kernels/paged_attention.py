@@ -125,7 +125,7 @@ def paged_decoding(
 
     q [B, Hq, D]; k_pages, v_pages [P, page_size, Hkv, D], Hq a multiple of Hkv, any strides; fp16, bf16 or fp32; D up
     to 256; any page size. block_table [B, max_pages] int32: page of each page_size tokens of a sequence. kv_lens [B]
-    int32 on q's device. sm_scale defaults to D ** -0.5; num_splits None leaves it to `labkit.splits.choose`, for
+    int32 on q's device. sm_scale > 0 defaults to D ** -0.5; num_splits None leaves it to `labkit.splits.choose`, for
     sequences that fill the table. read_ahead=False reads a page's id right before the page, for comparison.
 
     Page ids beyond kv_len are never read. Within it an id must lie in [0, P): elsewhere it is an error on the CPU and

@@ -201,7 +201,8 @@ def _neighbours() -> int:
 def as_words(t, dtype):
     """t [rows, columns] with neighbours taken as one of a wider dtype: a view, or a padded copy where none can be."""
     count = dtype.itemsize // t.element_size()
-    if t.stride(1) != 1 or t.stride(0) % count or t.shape[1] % count or t.data_ptr() % dtype.itemsize:
+    places = t.storage_offset(), t.stride(0), t.shape[1], t.data_ptr() // t.element_size()
+    if t.stride(1) != 1 or any(place % count for place in places):
         t = F.pad(t, (0, -t.shape[1] % count)).contiguous()
     return t.view(dtype)
 

@@ -136,7 +136,7 @@ def sink_decoding(
     in num_sinks + (i - num_sinks) % window. seen [B] int32 on q's device: tokens so far, the current one included,
     which is already in the ring (where values are not looked at, a negative one counts as 0). cos, sin
     [num_sinks + window or more, D / 2] fp32. num_splits None leaves the split over the keys to `labkit.splits.choose`.
-    sm_scale defaults to D ** -0.5.
+    sm_scale > 0 defaults to D ** -0.5.
 
     Returns o [B, Hq, D] in q.dtype and lse [B, Hq] fp32 (natural log); a sequence that has seen nothing gives 0 and
     -inf. Raises ValueError naming the argument. Source: Xiao et al., "Efficient streaming language models with

@@ -94,7 +94,7 @@ def codegen_cases() -> list[codegen.Case]:
         return codegen.Case("kernels.attention:attention", name, tensors | options, matrix=("_attention_kernel",))
 
     return [
-        case(64, "float16"), case(128, "bfloat16"), case(256, "bfloat16"), case(256, "float32"),
+        case(64, "float16"), case(128, "bfloat16"), case(192, "bfloat16"), case(256, "bfloat16"), case(256, "float32"),
         case(128, "bfloat16", ", window 256, 4 sinks", window=256, num_sinks=4),
         case(128, "float32", ", not causal", causal=False),
     ]  # fmt: skip

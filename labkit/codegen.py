@@ -158,7 +158,7 @@ def compiled(some_cases, targets=TARGETS):
     """Return one dict for every case, target and kernel launched, compiling what is not in the cache yet.
 
     Keys: case, function, target, kernel, constexprs, num_warps, num_stages, registers, spills, stack, shared,
-    shared_limit (bytes), loads {bits: count}, loops [[instructions, bytes that a thread loads] a turn] (of NVIDIA's),
+    shared_limit (bytes), loads {bits: count}, loops [[instructions, bytes a thread loads, special] a turn] (NVIDIA),
     wide_share, matrix {instruction: count}, waits (for wgmma), dots [[m, n, k, dtype]], programs_per_sm (an
     estimate). A case that does not compile gives one dict with the key "error".
     """
@@ -366,9 +366,9 @@ def _width(load):
 
 
 def _loops(sass):
-    """[instructions, bytes that a thread loads] of a turn of every innermost loop that loads from global memory.
+    """[instructions, bytes that a thread loads, special] of a turn of every innermost loop that loads from memory.
 
-    0 bytes: its tiles are fetched by the TMA.
+    0 bytes: its tiles are fetched by the TMA. special: instructions of the unit for exponentials and logarithms.
     """
     labels, code, spans = {}, [], []
     for line in sass.splitlines():
@@ -384,17 +384,19 @@ def _loops(sass):
     for body in ("\n".join(code[a:b]) for a, b in inner):
         sizes = [int(_width(load)) // 8 for load in re.findall(_LOAD, body)]
         if sizes:
-            found.append([body.count("\n") + 1, 0 if "UTMALDG" in body else sum(sizes)])
+            loaded = 0 if "UTMALDG" in body else sum(sizes)
+            found.append([body.count("\n") + 1, loaded, len(re.findall(r"\bMUFU\b", body))])
     return found
 
 
-def per_byte(row):
+def per_byte(row, special=False):
     """Instructions a byte of the loops that load most: one number a loop, in order; [] if none is known.
 
-    A thread's instructions over the bytes that it loads. Loops that load less than half as much are not counted.
+    A thread's instructions (special: exponentials and logarithms alone) over the bytes that it loads, wherever these
+    come from. Loops that load less than half as much are not counted.
     """
-    most = max((size for _, size in row["loops"]), default=0)
-    return [count / size for count, size in row["loops"] if size and 2 * size >= most]
+    most = max((size for _, size, _ in row["loops"]), default=0)
+    return [(few if special else all_) / size for all_, size, few in row["loops"] if size and 2 * size >= most]
 
 
 def _amd_facts(text):

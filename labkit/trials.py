@@ -150,6 +150,10 @@ TRIALS = (
              "anything else.", {"num_warps": 4}),
     _prefill("without the TMA", (0.75, 0.95), "Addresses take instructions and registers: tiles of 64 keys instead of "
              "128, and 1.6 times the instructions for a key.", {"TMA": False, "BLOCK_N": 64, "num_stages": 3}),
+    Trial("prefill: without the TMA, 2,048 tokens", "gqa", "prefill, 8 KV heads", (0.8, 1.05), "Every program writes "
+          "two descriptors before it starts, and has an eighth of the keys to gain from them.", {},
+          {"kernels.attention:prefill_config": {"TMA": False, "BLOCK_N": 64, "num_stages": 3}},
+          "bfloat16, head_dim 128"),
     _prefill("64 keys a tile", (0.8, 0.97), "The output is rescaled for every tile, so twice as often, and the two "
              "halves of the program meet twice as often.", {"BLOCK_N": 64}),
     _prefill("two programs an SM", (0.7, 1.1), "While one computes its softmax the other multiplies. But 64 queries "

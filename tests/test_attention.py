@@ -149,7 +149,7 @@ def test_bad_input_is_named(function, name, changed, device, monkeypatch):
         function(given.pop("q"), given.pop("k"), given.pop("v"), **given)
 
 
-@pytest.mark.parametrize("sm_scale", [0.0, -0.1, float("inf"), float("nan")])
+@pytest.mark.parametrize("sm_scale", [0.0, -0.1, 1e-46, float("inf"), float("nan")])
 def test_a_scale_that_is_not_positive(sm_scale, device):
     q, k, v, _ = tensors(3, 8, 4, 2, 64, F32, {}, device)
     with pytest.raises(ValueError, match=r"^sm_scale: got .*, expected a positive number"):
@@ -176,5 +176,5 @@ PLANTED_BUGS = [
     ("kernels/attention.py", "(rows < end) & mask_d", "mask_d"),
     ("kernels/_tile.py", "tl.max(s, 1) * qk_scale", "tl.max(s, 1)"),
     ("kernels/_tile.py", "tl.fma(s, qk_scale, -m_safe[:, None])", "s - m_safe[:, None]"),
-    ("kernels/_tile.py", "0 < sm_scale < float", "0 <= sm_scale < float"),
+    ("kernels/_tile.py", "2.0**-126 <= sm_scale", "0.0 <= sm_scale"),
 ]

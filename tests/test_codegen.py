@@ -118,7 +118,7 @@ SASS = """
         /*0020*/                   LDGSTS.E.BYPASS.LTC128B.128 [R1], desc[UR4][R2.64] ;
                                                                 /* 0x000000 */
         /*0030*/                   LDG.E.U16 R3, desc[UR4][R2.64] ;
-        /*0040*/                   FFMA R4, R4, R5, R6 ;
+        /*0040*/                   MUFU.EX2 R4, R4 ;
         /*0050*/              @!P0 BRA `(.L_x_1) ;
 .L_x_2:
         /*0060*/                   LDG.E R3, desc[UR4][R2.64] ;
@@ -135,18 +135,21 @@ SASS = """
 
 def test_loops():
     """Innermost loops only, backward jumps only; what the TMA fetches is nobody's load."""
-    assert codegen._loops(SASS) == [[4, 18], [3, 4], [2, 0]]
-    assert codegen.per_byte({"loops": [[36, 18], [30, 10], [3, 4], [2, 0]]}) == [2.0, 3.0]
-    assert codegen.per_byte({"loops": [[2, 0]]}) == []
+    assert codegen._loops(SASS) == [[4, 18, 1], [3, 4, 0], [2, 0, 0]]
+    row = {"loops": [[36, 18, 9], [30, 10, 0], [3, 4, 1], [2, 0, 0]]}
+    assert codegen.per_byte(row) == [2.0, 3.0]
+    assert codegen.per_byte(row, special=True) == [0.5, 0.0]
+    assert codegen.per_byte({"loops": [[2, 0, 0]]}) == []
 
 
 def test_loops_of_a_kernel(compiled_once):
     """By hand: a tile of 32 keys of 256 bytes, by 128 threads, is 64 bytes a thread."""
     rows = {row["target"]: row for row in codegen.report([planted_case("sound, a warp group")]).rows}
     for target in ("sm_80", "sm_90", "sm_100"):
-        ((count, size),) = rows[target]["loops"]
+        ((count, size, special),) = rows[target]["loops"]
         assert size == 64
         assert count > 64 // 16
+        assert special == 0
     assert rows["gfx942"]["loops"] == []
     assert not codegen.serialised(rows["sm_90"])
 

@@ -20,6 +20,7 @@ from labkit.model import Config, Llama
 
 # (old text, new text) of these files; tests/planted_bugs.py plants them one at a time.
 PLANTED_BUGS = [
+    ("kernels/pruning.py", "places = t.storage_offset(), ", "places = 0, "),
     ("kernels/pruning.py", "^ (12 * EACH)", "^ (3 * EACH)"),
     ("kernels/pruning.py", "(far | (far >> 2)) & (2 * EACH)", "far & (2 * EACH)"),
     ("kernels/pruning.py", "(far | (far >> 1)) & (5 * EACH)", "far & (5 * EACH)"),
@@ -32,8 +33,8 @@ PLANTED_BUGS = [
     ("kernels/pruning.py", "(index & 8) == 0, x1, tl.where((index & 4) == 0, x2, x3)", "(index & 4) == 0, x2, x3"),
     ("kernels/pruning.py", "F.pad(t, (0, -t.shape[1] % count)).contiguous()", "t.flatten()[:t.numel() // count * count].view(len(t), -1)"),
     ("kernels/pruning.py", "if t.stride(1) != 1 or", "if"),
-    ("kernels/pruning.py", "or t.stride(0) % count", ""),
-    ("kernels/pruning.py", "or t.data_ptr() % dtype.itemsize", ""),
+    ("kernels/pruning.py", "t.stride(0), t.shape[1], t.data_ptr()", "t.shape[1], t.data_ptr()"),
+    ("kernels/pruning.py", "t.shape[1], t.data_ptr() // t.element_size()", "t.shape[1]"),
     ("kernels/pruning.py", "operand(x0, x1, x2, x3, BLOCK_M, GROUPS, NEIGHBOURS)", "operand(x0, x1, x2, x3, BLOCK_M, GROUPS, 2)"),
     ("kernels/pruning.py", "tl.join(tl.join(c0, c1), tl.join(c3, c2))", "tl.join(tl.join(c0, c1), tl.join(c2 * 1, c2))"),
     ("kernels/pruning.py", "bits | (bits << (HALF - 2))", "bits | (bits << HALF)"),
@@ -301,6 +302,16 @@ def test_matmul_24_rows_that_start_anywhere(before, after, device):
         room = torch.full((3, before + t.shape[1] + after), 99, dtype=t.dtype, device=device)
         placed.append(room[:, before : before + t.shape[1]].copy_(t))
     assert_matches(kp.matmul_24(x, *placed), ref.matmul_24, x, values, meta)
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_words_of_memory_that_starts_between_them(start):
+    """The storage of foreign memory may start at any byte, and a tensor in it where a word does."""
+    meta = torch.frombuffer(bytearray(range(34)), dtype=torch.uint8, offset=1)[start : start + 32].view(4, 8)
+    words = kp.as_words(meta, torch.uint16)
+    assert words.shape == (4, 4)
+    assert words.data_ptr() % 2 == 0
+    assert torch.equal(words.view(torch.uint8), meta)
 
 
 def test_k_is_cut_where_n_is_small():

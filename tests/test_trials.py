@@ -117,7 +117,7 @@ def test_a_trial_that_breaks_the_kernel_is_not_timed(device):
 
 
 FACTS = {"kernel": "k", "constexprs": {}, "num_warps": 4, "num_stages": 3, "registers": 80, "spills": 0,
-         "shared": 1000, "shared_limit": 2000, "programs_per_sm": 3, "loops": [[80, 40]], "waits": 1,
+         "shared": 1000, "shared_limit": 2000, "programs_per_sm": 3, "loops": [[80, 40, 0]], "waits": 1,
          "matrix": {"HGMMA": 8}, "dots": [[64, 64, 64, "bf16"]]}  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def test_what_the_compiler_rules_out(gain, facts, outcome):
 
 
 def test_what_the_change_did_to_the_kernel():
-    other = FACTS | {"registers": 90, "loops": [[120, 40], [160, 40]]}
+    other = FACTS | {"registers": 90, "loops": [[120, 40, 0], [160, 40, 0]]}
     line = log_of(TRIALS[0], (), other).lines(TRIALS[0].topic)[1]
     assert line[3] == "registers 80 \N{RIGHTWARDS ARROW} 90\ninstr. / byte 2.0 \N{RIGHTWARDS ARROW} 3.0"
     assert log_of(TRIALS[0]).lines(TRIALS[0].topic)[1][3] == "the same resources"
