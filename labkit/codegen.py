@@ -117,6 +117,9 @@ def best_matrix(target, rows, dtype):
     return "HMMA"
 
 
+SERIALISED = "waits for every wgmma before it starts the next"
+
+
 def serialised(row):
     """Whether ptxas gave up keeping several of Hopper's matrix instructions (wgmma) under way: it waits after each."""
     count = sum(n for name, n in row["matrix"].items() if name.startswith("HGMMA"))
@@ -139,7 +142,7 @@ def problems(case, row):
     if any("TF32" in name or "xf32" in name for name in row["matrix"]):
         found.append("multiplies fp32 as TF32")
     if serialised(row):
-        found.append("waits for every wgmma before it starts the next")
+        found.append(SERIALISED)
     if row["kernel"] in case.matrix:
         if not row["dots"]:
             found.append("has no dot, a matrix instruction is expected")

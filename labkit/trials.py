@@ -235,7 +235,7 @@ def ruled_out(facts):
         return f"needs {facts['shared']:,} bytes of shared memory, there are {facts['shared_limit']:,}"
     if facts["spills"]:
         return f"spills ({facts['spills']} spilled loads and stores)"
-    return "waits for every wgmma before it starts the next" if codegen.serialised(facts) else ""
+    return codegen.SERIALISED if codegen.serialised(facts) else ""
 
 
 # ---- what was measured
