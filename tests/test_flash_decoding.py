@@ -1,4 +1,5 @@
 import hashlib
+import multiprocessing.queues
 import os
 import subprocess
 import sys
@@ -209,6 +210,27 @@ def test_players_show_the_run(device):
     for text in ("0-31", "192-223", "224-229", f"lse {lse[0, 0]:.3f}", f"o {o[0, 0, 1]:.3f}"):
         assert text in html, text
     assert "256 programs" in ref.sm_player().html
+
+
+def test_a_run_is_watched_where_kernels_are_compiled(monkeypatch):
+    """There another process interprets. It ends before its answer is read, and the answer is whole: the same run."""
+    job = ("kernels.flash_decoding", "attend_tile", "flash_decoding", ref.traced_problem() | {"num_splits": 3})
+    here = trace.watch(*job)
+    pickler = multiprocessing.queues._ForkingPickler
+    read = pickler.loads
+
+    def read_late(data):
+        for child in multiprocessing.active_children():
+            child.join()
+        return read(data)
+
+    monkeypatch.setattr(pickler, "loads", read_late)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    there = trace.watch(*job)
+    assert all(torch.equal(a, b) for a, b in zip(here[0], there[0], strict=True))
+    for a, b in zip(here[1], there[1], strict=True):
+        assert a.program == b.program
+        assert all(np.array_equal(x, y) for x, y in zip(a.inputs + a.outputs, b.inputs + b.outputs, strict=True))
 
 
 @pytest.mark.parametrize("kv_len, num_splits, empty", [(1, 1, 0), (65, 3, 1), (1000, 40, 24)])
