@@ -2,6 +2,7 @@
 #   make          build the book           make test      prove it
 #   make lab      JupyterLab               make chapters  run all notebooks and store their outputs
 #   make record   measure on this GPU      make tune      measure the trials of block sizes on it
+#   make compiled  run what the kernels compile to, without a GPU
 #   make experiments, make train: the long CPU runs
 # TORCH_INDEX=<url> takes torch from another wheel index, PYTHON=<python> another interpreter.
 
@@ -12,7 +13,7 @@ NOTEBOOK_ENV := OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AV
 JOBS ?= 2
 
 .DEFAULT_GOAL := book
-.PHONY: book test lab chapters record tune experiments train table bugs sanitize lint clean
+.PHONY: book test lab chapters record tune experiments train table bugs compiled sanitize lint clean
 
 book: .venv/ready
 	.venv/bin/jupyter-book build . --path-output . -W -n --keep-going -q
@@ -48,6 +49,11 @@ table: .venv/ready
 # Plants the bugs listed in the test files, one at a time, in a copy, and shows that the tests catch them. Minutes.
 bugs: .venv/ready-test
 	$(PY) tests/planted_bugs.py $(TOPIC)
+
+# Without a GPU: compiles the kernels for an H200, then for an A100, and runs their PTX on the CPU in every test that
+# runs a kernel (labkit/ptx.py); accesses out of bounds and races are found too. Minutes.
+compiled: .venv/ready-test
+	for gpu in sm_90 sm_80; do LAB_PTX=$$gpu OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadscope --on-device $(TESTS) || exit 1; done
 
 # Looks for accesses out of bounds and for races, on a GPU, while the tests run the kernels. compute-sanitizer comes
 # with the CUDA toolkit; under it the tests take an hour or more (TESTS=tests/test_gqa.py for one file).

@@ -3,10 +3,12 @@
 With a usable GPU (compute capability 8.0 or higher, or an AMD GPU) they are compiled. Without one they run in
 Triton's interpreter on the CPU: slow, but the same code. `TRITON_INTERPRET=0` or `1` in the environment overrides
 the choice. Import this package before anything that imports Triton (`torch.compile` does).
+`LAB_PTX=sm_90` (an H200) or `sm_80` (an A100) is the third way, for tests: kernels are compiled for that GPU, and
+their PTX runs on the CPU (`labkit/ptx.py`).
 
-`INTERPRETED` says which of the two it is, `DEVICE` where tensors have to live: "cpu" or "cuda".
+`INTERPRETED` and `EMULATED` say which it is, `DEVICE` where tensors have to live: "cpu" or "cuda".
 
-This file never raises: `transformers` probes for a package of this name.
+Without LAB_PTX this file never raises: `transformers` probes for a package of this name.
 """
 
 import os
@@ -25,11 +27,13 @@ def _has_usable_gpu() -> bool:
         return False
 
 
-if "TRITON_INTERPRET" not in os.environ and not _has_usable_gpu():
+EMULATED = os.environ.get("LAB_PTX", "")  # the GPU whose code runs on the CPU, "" for none
+if "TRITON_INTERPRET" not in os.environ and not EMULATED and not _has_usable_gpu():
     os.environ["TRITON_INTERPRET"] = "1"
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-DEVICE = "cpu" if INTERPRETED else "cuda"
+EMULATED = "" if INTERPRETED else EMULATED
+DEVICE = "cpu" if INTERPRETED or EMULATED else "cuda"
 
 
 def where() -> str:
@@ -44,6 +48,8 @@ def where() -> str:
         amd = torch.version.hip is not None
     except Exception as error:  # a missing torch or a broken driver: say so, and raise nothing
         return f"torch cannot be used here ({type(error).__name__}: {error}). Install the lab first: pip install -e ."
+    if EMULATED:
+        return f"Kernels are compiled for {EMULATED}, and their PTX runs on the CPU: right or wrong, and never timed."
     gpu = f"{name} (compute capability {major}.{minor})" if name and not amd else name
     if not INTERPRETED:
         return f"Kernels are compiled for {gpu or 'a GPU that torch does not see'}, torch {version}."
@@ -53,3 +59,9 @@ def where() -> str:
     if not amd and (major, minor) < LEAST_CAPABILITY:
         return f"{gpu} is here, but Triton supports 8.0 (A100, RTX 30) and later.\n{slow}"
     return f"{gpu} is here, but TRITON_INTERPRET=1 is set.\n{slow}"
+
+
+if EMULATED:
+    from labkit import ptx
+
+    ptx.emulate(EMULATED)

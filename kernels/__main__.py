@@ -11,8 +11,11 @@ experiments [name ...]    run the long CPU experiments into labkit/results/cpu/
 import argparse
 import importlib
 import importlib.util
+import json
+import os
 import pkgutil
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -175,24 +178,38 @@ def compile_topics(names) -> int:
     return int(bad > 0)
 
 
-def table(names) -> int:
-    """Write what runs where. A kernel is run in the interpreter where a benchmark case calls it."""
-    cases, functions, interpreted = what_runs.representatives(names), {}, {}
-    by_home = sorted(cases, key=lambda name: kernel_of(name).__module__ != name.partition(":")[0])
-    for name in by_home:  # a function that two topics show stands once, where it is defined
-        functions.setdefault(kernel_of(name), name)
-    machine = check_only()
-    for topic in topics("cases") if kernels.INTERPRETED else ():
-        for case in bench.topic_cases(topic, tiny=True):
-            name = functions.get(getattr(ops(topic), case.op))
-            if name and name not in interpreted:
-                plain = replace(case, peers={}, variants={}, without={})
-                interpreted[name] = bench.measure(topic, plain, ops(topic), machine)[0].verdict
-    made = what_runs.compile_table({name: cases[name] for name in cases if name in functions.values()}, interpreted)
+def table() -> int:
+    """Write what runs where. A kernel is run, in the interpreter and as PTX, where a benchmark case calls it."""
+    cases, run = representatives(), {"interpreter": verdicts() if kernels.INTERPRETED else {}}
+    code = "import json; from kernels.__main__ import verdicts; print(json.dumps(verdicts()))"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"LAB_PTX": what_runs.EMULATED}
+    done = subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True, check=True)
+    run["ptx"] = json.loads(done.stdout.splitlines()[-1])
+    made = what_runs.compile_table(cases, run)
     what_runs.save(made)
     shown = what_runs.Table(made)
     print(shown, *shown.notes(), sep="\n")
     return 0
+
+
+def representatives() -> dict:
+    """{name: compiler case} of every kernel. A function that two topics show stands once, where it is defined."""
+    cases, names = what_runs.representatives(topics("codegen_cases")), {}
+    for name in sorted(cases, key=lambda name: kernel_of(name).__module__ != name.partition(":")[0]):
+        names.setdefault(kernel_of(name), name)
+    return {name: case for name, case in cases.items() if name in names.values()}
+
+
+def verdicts() -> dict[str, str]:
+    """{name: verdict} of one benchmark case a kernel, on tiny sizes, as kernels run in this process."""
+    names, found, machine = {kernel_of(name): name for name in representatives()}, {}, check_only()
+    for topic in topics("cases"):
+        for case in bench.topic_cases(topic, tiny=True):
+            name = names.get(getattr(ops(topic), case.op))
+            if name and name not in found:
+                plain = replace(case, peers={}, variants={}, without={})
+                found[name] = bench.measure(topic, plain, ops(topic), machine)[0].verdict
+    return found
 
 
 def kernel_of(name):
@@ -221,7 +238,7 @@ def main(arguments=None) -> int:
         return tune(options.dry)
     names = chosen(topics("cases" if options.command == "record" else "codegen_cases"), options.names)
     if options.command == "codegen":
-        return table(topics("codegen_cases")) if options.table else compile_topics(names)
+        return table() if options.table else compile_topics(names)
     return dry(names) if options.dry else record_topics(names)
 
 

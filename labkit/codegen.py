@@ -178,7 +178,8 @@ def compiled(some_cases, targets=TARGETS):
         todo = missing[target]
         job = {"target": target, "cases": [[dataclasses.asdict(some_cases[i]), str(files[target, i])] for i in todo]}
         with tempfile.TemporaryDirectory() as folder:
-            env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": folder, "OMP_NUM_THREADS": "1"}
+            env = {**os.environ, "TRITON_INTERPRET": "0", "LAB_PTX": "", "OMP_NUM_THREADS": "1"}
+            env |= {"TRITON_CACHE_DIR": folder}
             run = subprocess.run(
                 [sys.executable, "-m", "labkit.codegen"],
                 input=json.dumps(job), capture_output=True, text=True, cwd=ROOT, env=env,
@@ -217,8 +218,12 @@ def _main():
 
     An error is not kept, it may be the machine's: it is printed, as one line [file, message].
     """
-    job = json.load(sys.stdin)
-    launches = _stand_in(ALL_TARGETS[job["target"]])
+    job, launches = json.load(sys.stdin), []
+
+    def keep(kernel, arguments, grid):
+        launches.append((kernel, {p.name: arguments[p.name] for p in kernel.src.fn.params if p.is_constexpr}))
+
+    stand_in(ALL_TARGETS[job["target"]], keep)
     for case, file in job["cases"]:
         launches.clear()
         try:
@@ -234,8 +239,11 @@ def _main():
         part.replace(file)
 
 
-def _stand_in(target):
-    """Make `target` Triton's current device; return the list to which every launch will be added, compiled, not run."""
+def stand_in(target: Target, launched) -> None:
+    """Make `target` Triton's current device. A launch is compiled, and not run: launched(kernel, arguments, grid).
+
+    kernel: what Triton compiled; arguments {name: value}; grid: 3 numbers.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
@@ -262,18 +270,17 @@ def _stand_in(target):
         def get_current_stream(device):
             return 0
 
-    launches, run = [], JITFunction.run
+    run = JITFunction.run
 
-    def record(self, *args, grid, warmup, **kwargs):
+    def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         bound = self.signature.bind_partial(*args, **{k: v for k, v in kwargs.items() if k in self.arg_names})
         bound.apply_defaults()
-        launches.append((kernel, {p.name: bound.arguments[p.name] for p in self.params if p.is_constexpr}))
+        launched(kernel, bound.arguments, (*grid, 1, 1)[:3])
         return kernel
 
     triton.runtime.driver.set_active(Driver())
-    JITFunction.run = record
-    return launches
+    JITFunction.run = compile_only
 
 
 def _compile_case(case, target, launches):

@@ -1,4 +1,4 @@
-"""What runs where: one call of every public kernel, compiled for seven GPUs and run in the interpreter.
+"""What runs where: one call of every public kernel, compiled for seven GPUs; run in the interpreter, and as PTX.
 
 `python -m kernels codegen --table` writes `results/compiled.json`; the page "What runs where" shows it, and says which
 kernels have changed since. The call is the first case that a topic declares of the function.
@@ -14,6 +14,7 @@ from labkit.record import RESULTS, toolchain
 from labkit.show import html_table
 
 FILE = RESULTS / "compiled.json"
+EMULATED = "sm_90"  # whose PTX runs on the CPU
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
 
 
@@ -26,16 +27,17 @@ def representatives(topics):
     return found
 
 
-def compile_table(cases, interpreted, targets=TARGETS):
+def compile_table(cases, run, targets=TARGETS):
     """Compile the cases, {function: case}; return what `save` writes.
 
-    interpreted: {function: verdict of a run in the interpreter, "ok: ..." or "wrong: ..."}; others are in the tests.
+    run: {"interpreter" or "ptx": {function: verdict of a run, "ok: ..." or "wrong: ..."}}; others are in the tests.
     """
     rows, found = [], {}  # (function, target) -> one dict a kernel
     for kernel in codegen.compiled(list(cases.values()), targets):
         found.setdefault((kernel["function"], kernel["target"]), []).append(kernel)
     for function, case in cases.items():
-        row = {"function": function, "case": case.name, "interpreter": interpreted.get(function, "")}
+        row = {"function": function, "case": case.name}
+        row |= {how: run.get(how, {}).get(function, "") for how in ("interpreter", "ptx")}
         row |= {"source_hash": source_hash(function), "targets": {}}
         for target in targets:
             made = found[function, target]
@@ -94,12 +96,12 @@ class Table:
     def lines(self):
         """Rows of pairs: what stands above, and what stands below it."""
         devices = [(t, codegen.ALL_TARGETS[t].device) for t in self.table["targets"]]
-        lines = [[("kernel", "case"), ("interpreter", ""), *devices]]
+        lines = [[("kernel", "case"), ("interpreter", "on the CPU"), (f"{EMULATED} code", "on the CPU"), *devices]]
         for row in self.table["rows"]:
-            interpreter = row["interpreter"].partition(":")[0] or "in the tests"
+            run = [(row[how].partition(":")[0] or "in the tests", "") for how in ("interpreter", "ptx")]
             cells = [cell(row["targets"][target]) for target in self.table["targets"]]
             name = row["function"].removeprefix("kernels.").replace(":", ": ")
-            lines.append([(name, row["case"]), (interpreter, ""), *cells])
+            lines.append([(name, row["case"]), *run, *cells])
         return lines
 
     def notes(self):

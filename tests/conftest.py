@@ -16,7 +16,7 @@ def device() -> str:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--on-device", action="store_true", help="only the tests that run kernels (`make sanitize`)")
+    parser.addoption("--on-device", action="store_true", help="only the tests that run kernels (`make compiled`, `make sanitize`)")
 
 
 def pytest_collection_modifyitems(config, items):

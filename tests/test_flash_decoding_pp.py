@@ -171,8 +171,9 @@ def test_flat_gemm(case, pad, device, monkeypatch):
         assert_matches(pp.flat_gemm(x, w, pad=pad), ref.flat_gemm, x, w)
 
 
-def test_flat_gemm_cuts_k_where_n_is_small():
+def test_flat_gemm_cuts_k_where_n_is_small(monkeypatch):
     """On 132 SMs; more programs than two an SM are not wanted, nor pieces of K shorter than four blocks."""
+    monkeypatch.setattr(pp, "device_properties", lambda: {"multiprocessor_count": 132, "max_shared_mem": 232_448})
     split = lambda m, n, k: pp.flat_config(BF16, m, n, k)["SPLIT_K"]  # noqa: E731
     assert [split(8, n, 4096) for n in (64, 4096, 12288, 32000)] == [8, 5, 2, 1]
     assert split(8, 64, 128) == split(8, 64, 1) == 1

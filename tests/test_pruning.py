@@ -314,7 +314,9 @@ def test_words_of_memory_that_starts_between_them(start):
     assert torch.equal(words.view(torch.uint8), meta)
 
 
-def test_k_is_cut_where_n_is_small():
+def test_k_is_cut_where_n_is_small(monkeypatch):
+    """On the 132 SMs of an H200."""
+    monkeypatch.setattr("kernels.flash_decoding_pp.device_properties", lambda: {"multiprocessor_count": 132})
     cut = lambda m, n, k: kp.config_24(BF16, m, n, k)["SPLIT_K"]  # noqa: E731
     assert [cut(8, n, 4096) for n in (64, 4096, 14336, 128256)] == [8, 5, 2, 1]
 

@@ -22,9 +22,10 @@ def test_every_kernel_that_is_compiled_stands_in_it_once():
     assert all(tuple(row["targets"]) == what_runs.TARGETS for row in TABLE["rows"])
 
 
-def test_nothing_that_was_wrong_in_the_interpreter():
-    assert {row["interpreter"].partition(":")[0] for row in TABLE["rows"]} <= {"ok", ""}
-    assert sum(row["interpreter"].startswith("ok") for row in TABLE["rows"]) > len(FUNCTIONS) / 2
+@pytest.mark.parametrize("how", ["interpreter", "ptx"])
+def test_nothing_that_ran_was_wrong(how):
+    assert {row[how].partition(":")[0] for row in TABLE["rows"]} <= {"ok", ""}
+    assert sum(row[how].startswith("ok") for row in TABLE["rows"]) > len(FUNCTIONS) / 2
 
 
 def test_a_changed_kernel_is_named():
@@ -58,7 +59,7 @@ def test_the_first_case_of_a_function_is_the_one(monkeypatch):
 def test_a_cell(change, expected):
     result = {"compiles": True, "problems": [], "spills": 0, "shared": 2048, "matrix": ["HMMA.16816.F32.BF16"], **change}
     assert what_runs.cell(result) == expected
-    table = {"targets": ["sm_80"], "rows": [{"function": "kernels.m:f", "case": "c", "interpreter": "ok: 0", "targets": {"sm_80": result}}]}
+    table = {"targets": ["sm_80"], "rows": [{"function": "kernels.m:f", "case": "c", "interpreter": "ok: 0", "ptx": "", "targets": {"sm_80": result}}]}
     shown = what_runs.Table(table)
     assert expected[0] in shown._repr_html_()
     assert expected[0] in repr(shown)

@@ -1,0 +1,338 @@
+"""The engine that runs compiled kernels on the CPU: single instructions, what it has to find, and the lab's kernels."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from labkit import ptx
+from labkit.provenance import ROOT
+
+HEAD = """
+.version 8.7
+.target sm_90a
+.address_size 64
+.extern .shared .align 16 .b8 global_smem[];
+.visible .entry k({parameters})
+.reqntid {threads}
+{{
+    .reg .pred %p<9>;
+    .reg .b16 %rs<9>;
+    .reg .b32 %r<99>;
+    .reg .b64 %rd<99>;
+    ld.param.b64 %rd0, [k_param_0];
+    mov.u32 %r0, %tid.x;
+    mov.u32 %r1, %ctaid.x;
+    shr.u32 %r2, %r0, 5;  // warp
+    mul.wide.u32 %rd90, %r0, 4;
+    add.s64 %rd1, %rd0, %rd90;  // this thread's word of the first argument
+{body}
+    ret;
+}}
+"""
+
+
+def run(body, *tensors, threads=64, programs=1, shared=4096, **how):
+    parameters = ", ".join(f".param .u64 .ptr .global .align 1 k_param_{i}" for i in range(len(tensors)))
+    kernel = ptx.Kernel(HEAD.format(parameters=parameters, threads=threads, body=body))
+    ranges = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors]
+    kernel.launch((programs, 1, 1), [x.data_ptr() for x in tensors], ranges, shared, **how)
+
+
+# ---- single instructions: d = op(a, b, c), a word a lane
+
+INTS = torch.tensor([0, 1, 2, 3, 5, 31, 32, 33, 255, 256, -1, -2, -255, 1 << 30, -(1 << 31), (1 << 31) - 1] * 4)
+OTHERS, THIRDS = INTS.roll(5), torch.arange(64) % 40
+
+
+def words(x):
+    """Integers of any size as int32 with the same low bits."""
+    return ((x.long() + (1 << 31)) % (1 << 32) - (1 << 31)).int()
+
+
+def bit_field(a, at, size):
+    return (a % (1 << 32) >> at) % (1 << size) if at < 32 else 0
+
+
+def signed_field(a, at, size):
+    x = (a >> min(at, 31)) % (1 << size) if size else 0
+    return x - (1 << size) if size and x >> (size - 1) else x
+
+
+UNSIGNED = 1 << 32
+INTEGER = {
+    "add.s32": lambda a, b, c: a + b,
+    "sub.s32": lambda a, b, c: a - b,
+    "mul.lo.s32": lambda a, b, c: a * b,
+    "mul.hi.s32": lambda a, b, c: a * b >> 32,
+    "mul.hi.u32": lambda a, b, c: (a % UNSIGNED) * (b % UNSIGNED) >> 32,
+    "mad.lo.s32": lambda a, b, c: a * b + c,
+    "and.b32": lambda a, b, c: a & b,
+    "or.b32": lambda a, b, c: a | b,
+    "xor.b32": lambda a, b, c: a ^ b,
+    "min.s32": lambda a, b, c: min(a, b),
+    "max.u32": lambda a, b, c: max(a % UNSIGNED, b % UNSIGNED),
+    "min.relu.s32": lambda a, b, c: max(0, min(a, b)),
+    "shl.b32": lambda a, b, c: a << (b % UNSIGNED) if b % UNSIGNED < 32 else 0,
+    "shr.u32": lambda a, b, c: a % UNSIGNED >> (b % UNSIGNED) if b % UNSIGNED < 32 else 0,
+    "shr.s32": lambda a, b, c: a >> min(b % UNSIGNED, 31),
+    "bfe.u32": lambda a, b, c: bit_field(a, b % 256, c % 256),
+    "bfe.s32": lambda a, b, c: signed_field(a, b % 256, min(c % 256, 32)),
+    "shf.l.wrap.b32": lambda a, b, c: ((b % UNSIGNED << 32 | a % UNSIGNED) << c % 32) >> 32,
+    "popc.b32": lambda a, b, c: (a % UNSIGNED).bit_count(),
+}
+
+
+@pytest.mark.parametrize("name", INTEGER)
+def test_integers(name):
+    a, b, c = (words(x) for x in (INTS, OTHERS, THIRDS))
+    count = {"popc.b32": 1, "mad.lo.s32": 3, "bfe.u32": 3, "bfe.s32": 3, "shf.l.wrap.b32": 3}.get(name, 2)
+    got = apply(name, count, a, b, c)
+    expected = [INTEGER[name](*x) for x in zip(a.tolist(), b.tolist(), c.tolist(), strict=True)]
+    assert got.tolist() == words(torch.tensor([x % UNSIGNED for x in expected])).tolist()
+
+
+def apply(name, count, *inputs):
+    """One instruction on words of 64 threads."""
+    out = torch.full_like(inputs[0], 7)
+    loads = "\n".join(
+        f"ld.param.b64 %rd{i + 10}, [k_param_{i + 1}]; add.s64 %rd{i + 20}, %rd{i + 10}, %rd90;"
+        f"ld.global.b32 {{ %r{i + 10} }}, [ %rd{i + 20} + 0 ];"
+        for i in range(count)
+    )
+    operands = ", ".join(f"%r{i + 10}" for i in range(count))
+    run(f"{loads} {name} %r20, {operands}; st.global.b32 [ %rd1 + 0 ], {{ %r20 }};", out, *inputs)
+    return out
+
+
+def test_division_and_comparison():
+    a, b = words(INTS), words(OTHERS)
+    b = torch.where(b == 0, 7, b)
+    a = torch.where((a == -(1 << 31)) & (b == -1), 1, a)  # overflows
+    assert apply("div.s32", 2, a, b).tolist() == torch.div(a, b, rounding_mode="trunc").tolist()
+    assert apply("rem.s32", 2, a, b).tolist() == torch.fmod(a, b).tolist()
+    with pytest.raises(RuntimeError, match=r"division by zero \(div.s32, line 2\d of the PTX; program 0, 0, 0, warp"):
+        apply("div.s32", 2, a, torch.zeros_like(a))
+    for name, expected in {"lt.s32": a < b, "ge.u32": (a.long() % UNSIGNED) >= (b.long() % UNSIGNED)}.items():
+        out = torch.zeros_like(a)
+        run(
+            f"ld.param.b64 %rd2, [k_param_1]; add.s64 %rd2, %rd2, %rd90; ld.global.b32 %r3, [%rd2];"
+            f"ld.param.b64 %rd3, [k_param_2]; add.s64 %rd3, %rd3, %rd90; ld.global.b32 %r4, [%rd3];"
+            f"setp.{name} %p1, %r3, %r4; selp.b32 %r5, -1, 3, %p1; st.global.b32 [%rd1], %r5;",
+            out, a, b,
+        )  # fmt: skip
+        assert out.tolist() == torch.where(expected, -1, 3).tolist()
+
+
+FLOATS = torch.cat([torch.randn(40, generator=torch.Generator().manual_seed(0)) * 10, torch.tensor(
+    [0.0, -0.0, 1.0, -1.0, 0.5, 2.0, 1e-40, -1e-40, 3e38, -3e38, math.inf, -math.inf, math.nan, 1e-20, 7.0, 65504.0,
+     65520.0, 1e-8, 3.0, -3.0, 127.0, -127.0, 88.0, -149.0])])  # fmt: skip
+FLOAT = {
+    "add.f32": lambda a, b, c: a + b,
+    "sub.f32": lambda a, b, c: a - b,
+    "mul.f32": lambda a, b, c: a * b,
+    "fma.rn.f32": lambda a, b, c: (a.double() * b.double() + c.double()).float(),
+    "max.f32": torch.fmax,
+    "max.NaN.f32": torch.maximum,
+    "min.f32": torch.fmin,
+    "neg.f32": lambda a, b, c: -a,
+    "abs.f32": lambda a, b, c: a.abs(),
+}
+
+
+@pytest.mark.parametrize("name", FLOAT)
+def test_floats(name):
+    a, b, c = FLOATS, FLOATS.roll(7), FLOATS.roll(3)
+    count = {"fma.rn.f32": 3, "neg.f32": 1, "abs.f32": 1}.get(name, 2)
+    got = apply(name, count, *(x.view(torch.int32) for x in (a, b, c))).view(torch.float32)
+    expected = FLOAT[name](a, b) if name in ("max.f32", "max.NaN.f32", "min.f32") else FLOAT[name](a, b, c)
+    if name == "fma.rn.f32":  # double rounds twice; where that shows, it is by one unit in the last place
+        torch.testing.assert_close(got, expected, rtol=2.0**-23, atol=0.0, equal_nan=True)
+    else:
+        torch.testing.assert_close(got, expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "error"),
+    [("ex2.approx.ftz.f32", torch.exp2, 2.0**-22), ("rsqrt.approx.ftz.f32", torch.rsqrt, 2.0**-22),
+     ("lg2.approx.ftz.f32", torch.log2, 2.0**-22)],
+)  # fmt: skip
+def test_approximations_are_off_by_what_they_may(name, function, error):
+    """Within the error of the PTX ISA, and not always the rounded result: a kernel must not count on that."""
+    x = torch.rand(64, generator=torch.Generator().manual_seed(1)) * 3 + 0.01
+    got = apply(name, 1, x.view(torch.int32)).view(torch.float32).double()
+    exact = function(x.double())
+    bound = error * 1.3 * (torch.where((x > 0.5) & (x < 2), 1.0, exact.abs()) if "lg2" in name else exact.abs())
+    assert ((got - exact).abs() <= bound).all()
+    assert (got != exact.float().double()).any()
+    if "ex2" in name:
+        ends = torch.tensor([0.0, -math.inf, -200.0, math.inf] * 16)
+        assert apply(name, 1, ends.view(torch.int32)).view(torch.float32)[:4].tolist() == [1.0, 0.0, 0.0, math.inf]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])
+def test_halves(name, dtype):
+    """Two floats to a word, rounded to nearest even, and back."""
+    ties = torch.arange(64, dtype=torch.int32) * 0x00808000 + 0x38000000
+    x, y = FLOATS, ties.view(torch.float32)
+    packed = apply(f"cvt.rn.{name}x2.f32", 2, y.view(torch.int32), x.view(torch.int32))  # the second is the low half
+    halves = packed.view(dtype).reshape(64, 2).float()
+    torch.testing.assert_close(halves, torch.stack([x, y], 1).to(dtype).float(), rtol=0, atol=0, equal_nan=True)
+    out = torch.zeros(64)
+    unpack = "ld.param.b64 %rd2, [k_param_1]; add.s64 %rd2, %rd2, %rd90; ld.global.b32 %r3, [%rd2];"
+    unpack += f"mov.b32 {{_, %rs1}}, %r3; cvt.f32.{name} %r4, %rs1; st.global.b32 [%rd1], %r4;"
+    run(unpack, out, packed)
+    torch.testing.assert_close(out, halves[:, 1], rtol=0, atol=0, equal_nan=True)
+
+
+def test_lanes_part_and_meet():
+    """A loop whose length differs by lane, then a shuffle of all lanes."""
+    out = torch.zeros(64, dtype=torch.int32)
+    run(
+        """
+        and.b32 %r3, %r0, 7;
+        mov.b32 %r4, 0;
+        $loop:
+        setp.ge.s32 %p1, %r4, %r3;
+        @%p1 bra $done;
+        add.s32 %r4, %r4, 1;
+        bra.uni $loop;
+        $done:
+        shfl.sync.bfly.b32 %r5, %r4, 1, 31, -1;
+        st.global.b32 [%rd1], %r5;
+        """,
+        out,
+    )
+    assert out.tolist() == [(i & 7) ^ 1 for i in range(64)]
+
+
+# ---- what it has to find: a body that is wrong, what it says, and what makes it right
+
+SHARED = "mov.b32 %r9, global_smem; shl.b32 %r8, %r0, 2; add.s32 %r8, %r8, %r9;"
+FROM_NEIGHBOUR = "xor.b32 %r7, %r0, 32; shl.b32 %r7, %r7, 2; add.s32 %r7, %r7, %r9; ld.shared.b32 %r6, [%r7];"
+WAIT = "waitLoop: mbarrier.try_wait.parity.shared::cta.b64 %p1, [%r9], 0; @!%p1 bra waitLoop;"
+WRONG = {
+    "a word past the end": ("st.global.b32 [%rd1 + 4], %r0;", "write of 4 bytes, 4 bytes outside", "+ 4", "+ 0"),
+    "a word before the start": ("ld.global.b32 %r3, [%rd1 + -4];", "read of 4 bytes, -4 bytes outside", "+ -4", "+ 0"),
+    "misaligned": ("st.global.v2.b32 [%rd1], {%r0, %r0};", "misaligned write of 8 bytes", "v2.b32", "b32"),
+    "no barrier, read": (
+        f"{SHARED} st.shared.b32 [%r8], %r0; nop.sync; {FROM_NEIGHBOUR}", "no barrier between", "nop.sync", "bar.sync 0",
+    ),
+    "no barrier, write": (
+        f"{SHARED} st.shared.b32 [%r9], %r2;", "warp \\d wrote, and no barrier between", "%r2;", "5;",
+    ),
+    "past shared memory": (f"{SHARED} st.shared.b32 [%r8 + 4096], %r0;", "shared memory of 4096", "4096", "0"),
+    "one byte, two programs": ("st.global.b32 [%rd1], %r1;", "programs \\d and \\d write the same byte", "", "programs=1"),
+    "read before the atomic": (
+        "setp.eq.b32 %p1, %r0, 0; setp.eq.b32 %p2, %r1, 0; and.pred %p3, %p1, %p2; @%p3 st.global.b32 [%rd0], 5;"
+        "nop.atom; ld.global.b32 %r3, [%rd0];",
+        "a read of what program 0 wrote|a write of what another program has read", "nop.atom;",
+        "bar.sync 0; ld.param.b64 %rd5, [k_param_0]; @%p1 atom.global.gpu.acq_rel.add.u32 %r5, [%rd5 + 128], 1; bar.sync 0;",
+    ),
+    "a shuffle of some lanes": (
+        "setp.lt.u32 %p1, %r0, 7; @%p1 bra $over; shfl.sync.bfly.b32 %r5, %r0, 1, 31, -1; $over:",
+        "only the lanes ffffff80 are here", "%r0, 7", "%r0, 0",
+    ),
+    "nobody arrives": (
+        f"{SHARED} setp.eq.b32 %p1, %r0, 0; @%p1 mbarrier.init.shared::cta.b64 [%r9], 1; bar.sync 0; nop.arrive; {WAIT}",
+        "every warp waits, and nothing is under way", "nop.arrive;",
+        "@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r9], 0;",
+    ),
+    "an assertion": ("setp.eq.b32 %p1, %r0, 40; @%p1 trap;", "an assertion of the kernel failed", "40", "64"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_finds(case):
+    body, message, wrong, right = WRONG[case]
+    several = 3 if case in ("one byte, two programs", "read before the atomic") else 1
+    memory = torch.zeros(64, dtype=torch.int32)
+
+    def go(body, programs):
+        body = "\n".join(s for s in body.replace(";", ";\n").split("\n") if not s.strip().startswith("nop."))
+        for seed in range(8):  # other orders
+            run(body, memory, programs=programs, resident=programs, seed=seed)
+
+    with pytest.raises(RuntimeError, match=message):
+        go(body, several)
+    assert wrong in body
+    go(body.replace(wrong, right, 1) if wrong else body, 1 if right == "programs=1" else several)
+
+
+def test_copies_land_when_they_are_waited_for():
+    """Bytes that nobody waited for are not there; lanes may ask for fewer than they get, the rest is 0."""
+    out, source = torch.zeros(64, dtype=torch.int32), torch.arange(256, dtype=torch.int32)
+    body = f"""
+        {SHARED} mul.lo.s32 %r8, %r0, 16; add.s32 %r8, %r8, %r9;
+        ld.param.b64 %rd2, [k_param_1]; mul.wide.u32 %rd3, %r0, 16; add.s64 %rd2, %rd2, %rd3;
+        cp.async.cg.shared.global [%r8 + 0], [%rd2 + 0], 0x10, 8;
+        cp.async.commit_group;
+        cp.async.wait_group {{groups}};
+        ld.shared.b32 %r3, [%r8 + {{at}}];
+        st.global.b32 [%rd1], %r3;
+    """
+    run(body.format(groups=0, at=4), out, source)
+    assert out.tolist() == list(range(1, 256, 4))
+    run(body.format(groups=0, at=8), out, source)
+    assert out.tolist() == [0] * 64
+    run(body.format(groups=1, at=4), out, source)
+    assert out.tolist() == [-1] * 64
+
+
+def test_what_is_not_known_is_named():
+    with pytest.raises(ValueError, match=r"not known: sin\.approx\.f32"):
+        run("sin.approx.f32 %r3, %r0;", torch.zeros(64))
+    with pytest.raises(ValueError, match=r"PTX, line 22: .*an atomic that is not known"):
+        run("\n\n\natom.global.gpu.relaxed.max.u32 %r3, [%rd1], %r0;", torch.zeros(64))
+    with pytest.raises(ValueError, match="unknown register %q1"):
+        run("mov.b32 %r3, %q1;", torch.zeros(64))
+    with pytest.raises(ValueError, match=r"LAB_PTX: got 'sm_70', expected one of sm_80, sm_90"):
+        ptx.emulate("sm_70")
+
+
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    ptx.engine.cache_clear()
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler"):
+        ptx.engine()
+    ptx.engine.cache_clear()
+
+
+# ---- the lab's kernels
+
+UNSAFE = '''
+import kernels, torch, triton, triton.language as tl
+
+@triton.jit
+def double(x, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x + offs, 2 * tl.load(x + offs, mask=offs < n), mask=offs < MASK)
+
+x = torch.ones(1000)
+double[(2,)](x, 1000, BLOCK=512)
+print(kernels.where(), kernels.DEVICE, x.sum().item())
+'''
+
+
+@pytest.mark.parametrize(("mask", "expected"), [("n", "cpu 2000.0"), ("n + 8", "double: write of")])
+def test_a_kernel(mask, expected, tmp_path):
+    (tmp_path / "unsafe.py").write_text(UNSAFE.replace("MASK", mask))
+    env = {**os.environ, "LAB_PTX": "sm_90", "PYTHONPATH": str(ROOT)}
+    env.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, tmp_path / "unsafe.py"], capture_output=True, text=True, env=env)
+    assert expected in done.stdout + done.stderr, done.stderr
+    assert done.returncode == ("double" in expected)
+
+
+def test_every_benchmark_case_compiled_for_an_h200():
+    """All topics; matrix unit, TMA and all. `make compiled` runs every test of the kernels so, and for an A100 too."""
+    env = {**os.environ, "LAB_PTX": "sm_90"}
+    env.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "kernels", "record", "--dry"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "Dry run: 0 failed." in done.stdout
