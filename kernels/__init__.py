@@ -6,7 +6,8 @@ the choice. Import this package before anything that imports Triton (`torch.comp
 `LAB_PTX=sm_90` (an H200) or `sm_80` (an A100) is the third way, for tests: kernels are compiled for that GPU, and
 their PTX runs on the CPU (`labkit/ptx.py`).
 
-`INTERPRETED` and `EMULATED` say which it is, `DEVICE` where tensors have to live: "cpu" or "cuda".
+`INTERPRETED` and `EMULATED` say which it is, `DEVICE` where tensors have to live: "cpu", or "cuda" where things can be
+timed.
 
 Without LAB_PTX this file never raises: `transformers` probes for a package of this name.
 """

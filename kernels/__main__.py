@@ -12,10 +12,8 @@ import argparse
 import importlib
 import importlib.util
 import json
-import os
 import pkgutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -181,10 +179,8 @@ def compile_topics(names) -> int:
 def table() -> int:
     """Write what runs where. A kernel is run, in the interpreter and as PTX, where a benchmark case calls it."""
     cases, run = representatives(), {"interpreter": verdicts() if kernels.INTERPRETED else {}}
-    code = "import json; from kernels.__main__ import verdicts; print(json.dumps(verdicts()))"
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"LAB_PTX": what_runs.EMULATED}
-    done = subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True, check=True)
-    run["ptx"] = json.loads(done.stdout.splitlines()[-1])
+    script = "import json; from kernels.__main__ import verdicts; print(json.dumps(verdicts()))"
+    run["ptx"] = json.loads(what_runs.run_script(script, "ptx").splitlines()[-1])
     made = what_runs.compile_table(cases, run)
     what_runs.save(made)
     shown = what_runs.Table(made)

@@ -243,6 +243,16 @@ def tiles_per_group(head_dim: int, group: int) -> int:
     return next(fits)
 
 
+def merge_config(head_dim: int) -> dict:
+    """Tile size and warps of a merge.
+
+    A lane loads 4 columns, a warp 128. With a warp for every 128 columns a lane has its columns of all splits and adds
+    them up alone; with more warps the splits would meet in shared memory, 16 lanes to a bank.
+    """
+    block_d = block_dim(head_dim)
+    return dict(BLOCK_D=block_d, BLOCK_S=MERGE_BLOCK, num_warps=max(1, block_d // 128))
+
+
 MERGE_BLOCK = 16  # splits merged at a time
 _arrived: dict[tuple, torch.Tensor] = {}
 
@@ -280,7 +290,7 @@ def _launch_merge(part_o, part_lse, o, lse) -> None:
     batch, num_q_heads, num_splits, head_dim = part_o.shape
     _merge_kernel[(num_q_heads, batch)](
         part_o, *part_o.stride(), part_lse, *part_lse.stride(), o, *o.stride(), lse, *lse.stride(), num_splits,
-        HEAD_DIM=head_dim, BLOCK_D=block_dim(head_dim), BLOCK_S=MERGE_BLOCK, num_warps=4,
+        HEAD_DIM=head_dim, **merge_config(head_dim),
     )  # fmt: skip
 
 

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from kernels import INTERPRETED
-from kernels._tile import LOG2E, block_dim, cast, device_properties, dot, splits_or_default
-from kernels.flash_decoding import MERGE_BLOCK, arrival_counters, attend_split, split_config, tiles_per_group
+from kernels._tile import LOG2E, cast, device_properties, dot, splits_or_default
+from kernels.flash_decoding import arrival_counters, attend_split, merge_config, split_config, tiles_per_group
 from labkit import args
 
 
@@ -284,7 +284,7 @@ def unified_decoding(
     _unified_split_kernel[grid](*inputs, *parts, *sizes, **options, **config)
     _unified_merge_kernel[(num_q_heads, batch)](
         *parts, o, *o.stride(), recomputed, *recomputed.stride(), num_splits,
-        HEAD_DIM=head_dim, BLOCK_D=block_dim(head_dim), BLOCK_S=MERGE_BLOCK, SYNCHRONISED=synchronised, num_warps=4,
+        HEAD_DIM=head_dim, SYNCHRONISED=synchronised, **merge_config(head_dim),
     )  # fmt: skip
     return o, recomputed
 

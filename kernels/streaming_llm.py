@@ -32,17 +32,31 @@ def _slot_of(position, seen, num_sinks, window):
 @triton.jit
 def _load_rotated(
     x_ptrs, stride_xd,  # [N, BLOCK_R] pointers to the first half of each row
-    cos_ptrs, sin_ptrs,  # [N, BLOCK_R] or [1, BLOCK_R]
-    mask, mask_angle,
+    cos, sin,  # [N, BLOCK_R] or [1, BLOCK_R]
+    mask,
     HALF: tl.constexpr,
 ):  # fmt: skip
     """Rows of heads, rotated by their angles: both halves [N, BLOCK_R], in the dtype of x."""
     dtype: tl.constexpr = x_ptrs.dtype.element_ty
-    cos = tl.load(cos_ptrs, mask=mask_angle, other=0.0)
-    sin = tl.load(sin_ptrs, mask=mask_angle, other=0.0)
     a = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(x_ptrs + tl.full((), HALF, tl.int64) * stride_xd, mask=mask, other=0.0).to(tl.float32)
     return cast(a * cos - b * sin, dtype), cast(b * cos + a * sin, dtype)
+
+
+@triton.jit
+def _load_angles(ptr, stride_n, stride_d, first, end, HALF: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Rows first to end of cos or sin, as [BLOCK_N, BLOCK_R] fp32.
+
+    A tile of the shape of K's would be loaded as K is, 8 columns a thread: in fp32 these are 32 bytes, and every access
+    would fetch sectors of which it takes one half. As a tile of another shape a thread takes 16 bytes beside its
+    neighbour's.
+    """
+    half_rows, offs_r = tl.arange(0, 2 * BLOCK_N), tl.arange(0, BLOCK_R // 2).to(tl.int64)
+    rows, skipped = first + half_rows // 2, half_rows % 2 * (BLOCK_R // 2)
+    row_ptrs = ptr + rows.to(tl.int64) * stride_n + skipped.to(tl.int64) * stride_d
+    mask = (rows < end)[:, None] & (offs_r[None, :] < (HALF - skipped)[:, None])
+    x = tl.load(row_ptrs[:, None] + offs_r[None, :] * stride_d, mask=mask, other=0.0)
+    return tl.reshape(x, [BLOCK_N, BLOCK_R])
 
 
 @triton.jit
@@ -76,9 +90,9 @@ def _sink_split_kernel(
     held = tl.minimum(seen, num_sinks + window)
     last = tl.maximum(held - 1, 0).to(tl.int64)  # the current token's position
     q_ptrs = q_ptr + pid_b * stride_qb + head[:, None] * stride_qh + offs_r[None, :] * stride_qd
-    q_cos = cos_ptr + last * stride_cn + offs_r[None, :] * stride_cd
-    q_sin = sin_ptr + last * stride_sn + offs_r[None, :] * stride_sd
-    q_a, q_b = _load_rotated(q_ptrs, stride_qd, q_cos, q_sin, mask_h[:, None] & mask_r, mask_r, HALF)
+    q_cos = tl.load(cos_ptr + last * stride_cn + offs_r * stride_cd, mask=offs_r < HALF, other=0.0)[None, :]
+    q_sin = tl.load(sin_ptr + last * stride_sn + offs_r * stride_sd, mask=offs_r < HALF, other=0.0)[None, :]
+    q_a, q_b = _load_rotated(q_ptrs, stride_qd, q_cos, q_sin, mask_h[:, None] & mask_r, HALF)
 
     # The keys are walked, and cut into splits, in the order of their positions.
     split_len = tl.cdiv(tl.cdiv(held, BLOCK_N), num_splits) * BLOCK_N
@@ -93,12 +107,11 @@ def _sink_split_kernel(
         position = first + offs_n
         mask_n = position < end
         slot = _slot_of(position, seen, num_sinks, window).to(tl.int64)[:, None]
-        rows = position.to(tl.int64)[:, None]
-        k_cos = cos_ptr + rows * stride_cn + offs_r[None, :] * stride_cd
-        k_sin = sin_ptr + rows * stride_sn + offs_r[None, :] * stride_sd
+        k_cos = _load_angles(cos_ptr, stride_cn, stride_cd, first, end, HALF, BLOCK_N, BLOCK_R)
+        k_sin = _load_angles(sin_ptr, stride_sn, stride_sd, first, end, HALF, BLOCK_N, BLOCK_R)
         mask_k = mask_n[:, None] & mask_r
         k_ptrs = k_ptr + slot * stride_kn + offs_r[None, :] * stride_kd
-        k_a, k_b = _load_rotated(k_ptrs, stride_kd, k_cos, k_sin, mask_k, mask_k, HALF)
+        k_a, k_b = _load_rotated(k_ptrs, stride_kd, k_cos, k_sin, mask_k, HALF)
         v_ptrs = v_ptr + slot * stride_vn + offs_d[None, :] * stride_vd
         v = tl.load(v_ptrs, mask=mask_n[:, None] & mask_d[None, :], other=0.0)
         s = dot(q_a, tl.trans(k_a)) + dot(q_b, tl.trans(k_b))
@@ -121,8 +134,8 @@ def sink_config(dtype: torch.dtype, head_dim: int, group: int) -> dict:
     else:
         room = device_properties()["max_shared_mem"] // 2  # two programs an SM
         key_bytes = 2 * block_d * dtype.itemsize + block_d * 4
-        sizes = (size for size in ((64, 3), (32, 3)) if (size[1] - 1) * size[0] * key_bytes <= room)
-        config["BLOCK_N"], config["num_stages"] = next(sizes, (32, 2))
+        sizes = ((n, s) for n, s in ((64, 3), (32, 3), (32, 2)) if (s - 1) * n * key_bytes <= room)
+        config["BLOCK_N"], config["num_stages"] = next(sizes, (16, 2))
     return config | {"BLOCK_R": block_dim(head_dim // 2)}
 
 

@@ -19,6 +19,7 @@
 #include <stdexcept>
 #include <string>
 #include <sys/mman.h>
+#include <type_traits>
 #include <unordered_map>
 #include <vector>
 
@@ -52,9 +53,16 @@ struct Warp;
 struct Instruction;
 using Handler = void (*)(Warp&, const Instruction&, u32 lanes);
 
+// What an instruction did, summed over the warps of a launch: COUNTS in ptx.py.
+struct Counts {
+    s64 warps;                    // that ran it, with at least one lane
+    s64 bytes, sectors;           // of global memory: asked for, and fetched, in sectors of 32 bytes
+    s64 wavefronts, least;        // of shared memory: passes it took, and without bank conflicts
+};
+
 struct Instruction {
     Handler run;
-    int name, guard, negated, line;  // guard: the row of the predicate, -1 for none
+    int index, name, guard, negated, line;  // guard: the row of the predicate, -1 for none
     std::vector<int> rows;           // operands: registers and constants alike are rows of 32 lanes; -1 is "_"
     std::vector<s64> numbers;        // sizes, offsets, modes: what is known when the text is read
     bool whole_warp;
@@ -82,7 +90,8 @@ struct Launch {
     std::vector<u8> parameters;
     std::vector<Range> ranges;
     bool watch_races;
-    u64 state;  // of the generator: xorshift64
+    Counts* counts;  // of every instruction
+    u64 state;       // of the generator: xorshift64
 
     u64 random(u64 below) {
         state ^= state << 13;
@@ -273,6 +282,37 @@ void touch_shared(Warp& warp, u32 address, u32 size, bool write, const u8* data 
     }
 }
 
+// Sectors of 32 bytes that the lanes touch: what the memory system moves, however little of one is asked for.
+void count_global(Warp& warp, const Instruction& i, const u64* address, u32 lanes, u32 size) {
+    std::vector<u64> sectors;
+    Counts& counts = warp.program->launch->counts[i.index];
+    each(lanes, [&](int lane) {
+        for (u64 s = address[lane] / 32; s <= (address[lane] + size - 1) / 32; s++) sectors.push_back(s);
+        counts.bytes += size;
+    });
+    std::sort(sectors.begin(), sectors.end());
+    counts.sectors += std::unique(sectors.begin(), sectors.end()) - sectors.begin();
+}
+
+// Shared memory serves 128 bytes at a time, a word of 4 bytes from each of 32 banks: 32 lanes with 4 bytes each, 16
+// with 8, 8 with 16. Words of one bank that differ wait for each other.
+void count_shared(Warp& warp, const Instruction& i, const u32* address, u32 lanes, u32 size) {
+    Counts& counts = warp.program->launch->counts[i.index];
+    u32 at_once = 32 / std::max(1u, size / 4);
+    for (u32 first = 0; first < 32; first += at_once) {
+        std::vector<u32> words;
+        for (u32 lane = first; lane < first + at_once; lane++)
+            for (u32 w = 0; lanes >> lane & 1 && w < std::max(1u, size / 4); w++) words.push_back(address[lane] / 4 + w);
+        if (words.empty()) continue;
+        std::sort(words.begin(), words.end());
+        words.erase(std::unique(words.begin(), words.end()), words.end());
+        int per_bank[32] = {};
+        for (u32 w : words) per_bank[w % 32]++;
+        counts.wavefronts += *std::max_element(per_bank, per_bank + 32);
+        counts.least++;
+    }
+}
+
 const u8* read_shared(Warp& warp, u32 address, u32 size) {
     if (address % size) fault("misaligned read of shared memory: %u bytes at %u", size, address);
     touch_shared(warp, address, size, false);
@@ -294,11 +334,23 @@ inline u64 extend(u64 x, int size, bool is_signed) {
     return is_signed ? u64(s64(x << unused) >> unused) : x;
 }
 
+template <bool SHARED>
+void count_access(Warp& w, const Instruction& i, int row, s64 offset, u32 lanes, u32 size) {
+    using Address = std::conditional_t<SHARED, u32, u64>;
+    Address address[32];
+    for (int lane = 0; lane < 32; lane++) address[lane] = w.row(row)[lane] + offset;
+    if constexpr (SHARED)
+        count_shared(w, i, address, lanes, size);
+    else
+        count_global(w, i, address, lanes, size);
+}
+
 // Loads: rows d[vector], address; numbers vector, bytes each, signed, offset, mask of d's width. ld.param: no address.
 // Stores: rows address, x[vector]; numbers vector, bytes each, offset.
 template <bool SHARED>
 void load_vector(Warp& w, const Instruction& i, u32 lanes) {
     int vector = i.numbers[0], size = i.numbers[1];
+    count_access<SHARED>(w, i, i.rows[vector], i.numbers[3], lanes, size * vector);
     u64* address = w.row(i.rows[vector]);
     each(lanes, [&](int lane) {
         u64 from = address[lane] + i.numbers[3];
@@ -316,6 +368,7 @@ void load_vector(Warp& w, const Instruction& i, u32 lanes) {
 template <bool SHARED>
 void store_vector(Warp& w, const Instruction& i, u32 lanes) {
     int vector = i.numbers[0], size = i.numbers[1];
+    count_access<SHARED>(w, i, i.rows[0], i.numbers[2], lanes, size * vector);
     each(lanes, [&](int lane) {
         u8 data[32];
         for (int k = 0; k < vector; k++) memcpy(data + k * size, &w.row(i.rows[1 + k])[lane], size);
@@ -336,6 +389,11 @@ void load_parameter(Warp& w, const Instruction& i, u32 lanes) {
 
 // cp.async: rows to, from, [bytes to read, the rest is zero]; numbers size, offsets. It lands when it is waited for.
 void copy_async(Warp& w, const Instruction& i, u32 lanes) {
+    u32 reading = lanes;
+    for (int lane = 0; i.rows.size() > 2 && lane < 32; lane++)
+        if (!u32(w.row(i.rows[2])[lane])) reading &= ~(1u << lane);
+    count_access<false>(w, i, i.rows[1], i.numbers[2], reading, i.numbers[0]);
+    count_access<true>(w, i, i.rows[0], i.numbers[1], lanes, i.numbers[0]);
     each(lanes, [&](int lane) {
         u32 size = i.numbers[0], to = u32(w.row(i.rows[0])[lane] + i.numbers[1]);
         u32 from_size = i.rows.size() > 2 ? u32(w.row(i.rows[2])[lane]) : size;
@@ -393,11 +451,18 @@ void shuffle(Warp& w, const Instruction& i, u32) {  // rows d, x, lane, clamp; n
     }
     memcpy(w.row(i.rows[0]), out, sizeof out);
 }
-void sum_lanes(Warp& w, const Instruction& i, u32) {  // redux.sync.add
-    u32 sum = 0;
-    for (int lane = 0; lane < 32; lane++) sum += u32(w.row(i.rows[1])[lane]);
-    std::fill_n(w.row(i.rows[0]), 32, sum);
+template <class T, T (*COMBINE)(T, T)>
+void reduce_lanes(Warp& w, const Instruction& i, u32) {  // rows d, x
+    T all = T(w.row(i.rows[1])[0]);
+    for (int lane = 1; lane < 32; lane++) all = COMBINE(all, T(w.row(i.rows[1])[lane]));
+    std::fill_n(w.row(i.rows[0]), 32, bits<u64>(all));
 }
+template <class T>
+T sum_of(T a, T b) { return a + b; }
+template <class T>
+T least_of(T a, T b) { return std::min(a, b); }
+template <class T>
+T most_of(T a, T b) { return std::max(a, b); }
 void elect(Warp& w, const Instruction& i, u32) {  // rows lane or "_", predicate
     for (int lane = 0; lane < 32; lane++) {
         if (i.rows[0] >= 0) w.row(i.rows[0])[lane] = 0;
@@ -410,6 +475,7 @@ void elect(Warp& w, const Instruction& i, u32) {  // rows lane or "_", predicate
 // Numbers count, transposed, offset.
 void load_matrix(Warp& w, const Instruction& i, u32) {
     int count = i.numbers[0];
+    count_access<true>(w, i, i.rows[count], i.numbers[2], count == 4 ? ALL_LANES : (1u << 8 * count) - 1, 16);
     u64* address = w.row(i.rows[count]);
     u16 tile[4][8][8];
     for (int k = 0; k < 8 * count; k++)
@@ -423,6 +489,7 @@ void load_matrix(Warp& w, const Instruction& i, u32) {
 }
 void store_matrix(Warp& w, const Instruction& i, u32) {
     int count = i.numbers[0];
+    count_access<true>(w, i, i.rows[0], i.numbers[2], count == 4 ? ALL_LANES : (1u << 8 * count) - 1, 16);
     u64* address = w.row(i.rows[0]);
     u16 tile[4][8][8];
     for (int k = 0; k < count; k++)
@@ -872,7 +939,12 @@ void define_all() {
         {"cp.async.wait_group", wait_for_copies},
         {"atom.add", atomic_add},
         {"shfl", shuffle},
-        {"redux.add", sum_lanes},
+        {"redux.add.s32", reduce_lanes<u32, sum_of>},
+        {"redux.add.u32", reduce_lanes<u32, sum_of>},
+        {"redux.min.s32", reduce_lanes<s32, least_of>},
+        {"redux.min.u32", reduce_lanes<u32, least_of>},
+        {"redux.max.s32", reduce_lanes<s32, most_of>},
+        {"redux.max.u32", reduce_lanes<u32, most_of>},
         {"elect", elect},
         {"ldmatrix", load_matrix},
         {"stmatrix", store_matrix},
@@ -915,7 +987,7 @@ void step(Warp& w) {
             if (bool(on[lane]) == bool(i.negated)) lanes &= ~(1u << lane);
     }
     if (i.whole_warp && now.lanes != ALL_LANES) fault("only the lanes %08x are here", now.lanes);
-    if (lanes) i.run(w, i, lanes);
+    if (lanes) w.program->launch->counts[i.index].warps++, i.run(w, i, lanes);
     if (w.jump >= 0) {
         Fragment jumped{w.jump, w.jumping};
         w.jump = -1;
@@ -1032,7 +1104,7 @@ void* ptx_load(const s64* stream, s64 length, const char* names, s64 num_rows, c
     }
     for (const s64* at = stream; at < stream + length;) {
         Instruction i;
-        i.name = *at++, i.guard = *at++, i.negated = *at++, i.line = *at++;
+        i.index = code->instructions.size(), i.name = *at++, i.guard = *at++, i.negated = *at++, i.line = *at++;
         i.run = handlers[kinds[i.name]], i.whole_warp = of_whole_warp(kinds[i.name]);
         for (s64 n = *at++; n > 0; n--) i.rows.push_back(*at++);
         for (s64 n = *at++; n > 0; n--) i.numbers.push_back(*at++);
@@ -1043,12 +1115,13 @@ void* ptx_load(const s64* stream, s64 length, const char* names, s64 num_rows, c
     return code.release();
 }
 
-// ranges: pairs of addresses. resident: programs that run at the same time. 0, or 1 with the reason in error.
+// ranges: pairs of addresses. resident: programs that run at the same time. counts: of every instruction, added to.
+// Returns 0, or 1 with the reason in error.
 s64 ptx_launch(const void* code, const s64* grid, s64 num_threads, s64 shared_size, const char* parameters,
-               s64 num_bytes, const s64* ranges, s64 num_ranges, s64 seed, s64 resident, s64 watch_races, char* error,
-               s64 error_size) {
+               s64 num_bytes, const s64* ranges, s64 num_ranges, s64 seed, s64 resident, s64 watch_races, s64* counts,
+               char* error, s64 error_size) {
     Launch launch{(const Code*)code, {u32(grid[0]), u32(grid[1]), u32(grid[2])}, int(num_threads), u32(shared_size),
-                  {parameters, parameters + num_bytes}, {}, bool(watch_races), seed * 2654435761u + 88172645463325252u};
+                  {parameters, parameters + num_bytes}, {}, bool(watch_races), (Counts*)counts, seed * 2654435761u + 88172645463325252u};
     s64 failed = 0;
     try {
         for (s64 k = 0; k < num_ranges; k++) {

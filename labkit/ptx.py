@@ -38,6 +38,7 @@ INDEXED = ("box_dim", "global_dim", "global_stride", "element_stride")
 WIDTHS = {".pred": 64, ".b16": 16, ".b32": 32, ".b64": 64}
 ORDERING = ("wgmma.fence", "fence.", "bar.warp.sync", "cp.async.bulk.commit_group", "cp.async.bulk.wait_group")
 TMA_LOAD = r"cp\.async\.bulk\.tensor\.\dd\.shared::(cta|cluster)\.global\.mbarrier::complete_tx::bytes"
+COUNTS = ("warps", "bytes", "sectors", "wavefronts", "least")  # ptx.cpp says what they are
 ERROR_SIZE = 1000
 
 
@@ -63,7 +64,7 @@ def engine() -> ctypes.CDLL:
     loaded.ptx_load.argtypes = [numbers, number, text, number, numbers, number, numbers, number, text, number]
     loaded.ptx_launch.restype = number
     loaded.ptx_launch.argtypes = [ctypes.c_void_p, numbers, number, number, text, number, numbers, number]
-    loaded.ptx_launch.argtypes += [number, number, number, text, number]
+    loaded.ptx_launch.argtypes += [number, number, number, numbers, text, number]
     return loaded
 
 
@@ -89,6 +90,7 @@ class Kernel:
         self._names, self._instructions = {}, []
         self._read(body, line)
         self._handle = self._load()
+        self._counts = np.zeros((len(self._instructions), len(COUNTS)), dtype=np.int64)  # over all launches
 
     # ---- rows
 
@@ -159,8 +161,8 @@ class Kernel:
                 statement = body[at:end].strip()
                 try:
                     target = self._statement(statement, line) if statement else None
-                except (ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
-                    raise ValueError(f"PTX, line {line}: {statement[:80]}: {e}") from e
+                except (LookupError, ValueError, TypeError, AttributeError, StopIteration) as e:
+                    raise ValueError(f"PTX, line {line}: {statement[:80]}: {e!r}") from e
                 if target:
                     jumps.append((len(self._instructions) - 1, scope, target))
                 line += body.count("\n", at, end)
@@ -215,8 +217,8 @@ class Kernel:
         if parts[0] == "shfl":
             rows = [self._row(ops[0].split("|")[0]), *(self._operand(x) for x in ops[1:4])]
             return "shfl", rows, [["bfly", "idx", "up", "down"].index(parts[2])]
-        if name in ("redux.sync.add.s32", "redux.sync.add.u32"):
-            return "redux.add", [self._operand(x) for x in ops[:2]], []
+        if parts[:2] == ["redux", "sync"]:
+            return f"redux.{'.'.join(parts[2:])}", [self._operand(x) for x in ops[:2]], []
         if parts[0] == "elect":
             return "elect", [self._operand(x) for x in ops[0].split("|")], []
         if parts[0] in ("ldmatrix", "stmatrix"):
@@ -261,7 +263,7 @@ class Kernel:
     def _load_or_store(self, parts, bits, ops):
         vector = next((int(x[1:]) for x in parts if re.fullmatch(r"v\d", x)), 1)
         numbers = [vector, bits // 8]
-        space = next(x for x in parts if x in ("param", "global", "shared"))
+        space = next(x for x in ("param", "global", "shared") if x in parts or f"{x}::cta" in parts)
         if parts[0] == "st":
             address, offset = self._address(ops[0])
             return f"st.{space}", [address, *self._vector(ops[1], bits)], [*numbers, offset]
@@ -327,6 +329,21 @@ class Kernel:
             raise ValueError(error.value.decode())
         return handle
 
+    def counts(self) -> list[dict]:
+        """Of every instruction that was run, summed over all launches: its name, its line in the PTX, and `COUNTS`.
+
+        warps: how often a warp ran it. Global memory: bytes asked for, and the sectors of 32 bytes that they lie in,
+        for each access of a warp (what the L1 cache keeps is not known here). Shared memory: wavefronts, the passes
+        that the accesses take, and the least that they would take without bank conflicts.
+        """
+        names = [name for _, name in self._names]
+        pairs = zip(self._instructions, self._counts.tolist(), strict=True)
+        return [
+            {"name": names[instruction[0]], "line": instruction[3], **dict(zip(COUNTS, row, strict=True))}
+            for instruction, row in pairs
+            if row[0]
+        ]
+
     def launch(self, grid, arguments, ranges, shared=0, *, seed=0, resident=1, races=True):
         """Run it: a grid of 3; numbers and addresses, one a parameter; ranges [(begin, end)] that it may touch.
 
@@ -341,10 +358,27 @@ class Kernel:
         grid, pairs = np.array(grid, dtype=np.int64), np.array(ranges, dtype=np.int64)
         failed = engine().ptx_launch(
             self._handle, grid, self.num_threads, shared, bytes(data), len(data), pairs.reshape(-1), len(ranges),
-            seed, resident, races, error, ERROR_SIZE,
+            seed, resident, races, self._counts.reshape(-1), error, ERROR_SIZE,
         )  # fmt: skip
         if failed:
             raise RuntimeError(error.value.decode())
+
+
+def _extent(x):
+    """(begin, end) of the bytes that a tensor spans: what lies beyond a slice is not its own."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size() * bool(x.numel())
+
+
+def _merged(ranges):
+    """Those that overlap as one: several arguments may be views of the same memory."""
+    found = []
+    for begin, end in sorted(ranges):
+        if found and begin < found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        elif begin < end:
+            found.append((begin, end))
+    return found
 
 
 def _split(text):
@@ -390,15 +424,28 @@ def emulate(target: str, *, seed: int = 0, resident: int = 4, races: bool = True
     os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "_build" / "triton"))
     from labkit import codegen
 
-    read, seeds = {}, itertools.count(seed)
+    seeds = itertools.count(seed)
 
     def run(kernel, arguments, grid):
-        if kernel.hash not in read:
-            read[kernel.hash] = Kernel(kernel.asm["ptx"])
+        if kernel.hash not in _read:
+            _read[kernel.hash] = (kernel.src.fn.fn.__name__, Kernel(kernel.asm["ptx"]))
         if 0 not in grid:
-            _launch(read[kernel.hash], kernel, arguments, grid, seed=next(seeds), resident=resident, races=races)
+            _launch(_read[kernel.hash][1], kernel, arguments, grid, seed=next(seeds), resident=resident, races=races)
 
     codegen.stand_in(codegen.ALL_TARGETS[target], run)
+
+
+_read = {}  # what this process has launched: hash -> (name, Kernel)
+
+
+def traffic() -> dict[str, dict]:
+    """{kernel: `COUNTS`}, as `Kernel.counts` has them, summed over instructions and over this process' launches."""
+    totals = {}
+    for name, kernel in _read.values():
+        for row in kernel.counts():
+            total = totals.setdefault(name, dict.fromkeys(COUNTS, 0))
+            total.update({key: total[key] + row[key] for key in COUNTS})
+    return totals
 
 
 def _launch(code, kernel, arguments, grid, **how):
@@ -407,11 +454,10 @@ def _launch(code, kernel, arguments, grid, **how):
 
     given = [arguments[name] for name, kind in kernel.src.signature.items() if kind != "constexpr"]
     scratch = torch.zeros(kernel.metadata.global_scratch_size * np.prod(grid) + 128, dtype=torch.uint8)
-    storages = [x.untyped_storage() for x in [*given, scratch] if torch.is_tensor(x)]
     aligned = -(-scratch.data_ptr() // 128) * 128
     values = [x.data_ptr() if torch.is_tensor(x) else x for x in given]
     values += [aligned, 0][: len(code.parameters) - len(values)]
-    ranges = sorted({(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in storages})
+    ranges = _merged(_extent(x) for x in [*given, scratch] if torch.is_tensor(x))
     try:
         code.launch(grid, values, ranges, kernel.metadata.shared, **how)
     except RuntimeError as e:

@@ -7,15 +7,34 @@ The gate of the tests is stricter: it compiles every case for the four targets o
 
 import html
 import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 from labkit import codegen
-from labkit.provenance import source_hash
+from labkit.provenance import ROOT, source_hash
 from labkit.record import RESULTS, toolchain
 from labkit.show import html_table
 
 FILE = RESULTS / "compiled.json"
 EMULATED = "sm_90"  # whose PTX runs on the CPU
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
+
+
+def run_script(script: str, how: str) -> str:
+    """Run a Python script on the CPU; return what it printed, or the last line of its error.
+
+    how: "interpreter", or "ptx": its kernels are compiled for `EMULATED` and their PTX is run.
+    """
+    env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "LAB_PTX")}
+    env |= {"PYTHONPATH": str(ROOT)} | ({"LAB_PTX": EMULATED} if how == "ptx" else {"TRITON_INTERPRET": "1"})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "script.py")  # Triton reads a kernel's source from its file
+        path.write_text(script, encoding="utf-8")
+        done = subprocess.run([sys.executable, path], capture_output=True, text=True, env=env)
+    return done.stdout.strip() if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
 
 
 def representatives(topics):

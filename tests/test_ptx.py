@@ -1,5 +1,6 @@
 """The engine that runs compiled kernels on the CPU: single instructions, what it has to find, and the lab's kernels."""
 
+import ast
 import math
 import os
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from labkit import ptx
+from labkit import ptx, what_runs
 from labkit.provenance import ROOT
 
 HEAD = """
@@ -40,6 +41,7 @@ def run(body, *tensors, threads=64, programs=1, shared=4096, **how):
     kernel = ptx.Kernel(HEAD.format(parameters=parameters, threads=threads, body=body))
     ranges = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors]
     kernel.launch((programs, 1, 1), [x.data_ptr() for x in tensors], ranges, shared, **how)
+    return kernel
 
 
 # ---- single instructions: d = op(a, b, c), a word a lane
@@ -282,6 +284,26 @@ def test_copies_land_when_they_are_waited_for():
     assert out.tolist() == [-1] * 64
 
 
+@pytest.mark.parametrize(("apart", "sectors"), [(4, 4), (8, 8), (32, 32), (64, 32), (0, 1)])
+def test_sectors(apart, sectors):
+    """32 lanes that read 4 bytes each, so far apart. Two warps, of which the second starts a sector later."""
+    body = f"mul.wide.u32 %rd5, %r0, {apart}; add.s64 %rd5, %rd0, %rd5; ld.global.b32 %r3, [%rd5 + 32];"
+    (row,) = (c for c in run(body, torch.zeros(2048)).counts() if c["name"] == "ld.global.b32")
+    assert (row["warps"], row["bytes"], row["sectors"], row["wavefronts"]) == (2, 256, 2 * sectors, 0)
+
+
+@pytest.mark.parametrize(
+    ("access", "apart", "wavefronts", "least"),
+    [("b32 %r3", 4, 1, 1), ("b32 %r3", 8, 2, 1), ("b32 %r3", 64, 16, 1), ("b32 %r3", 128, 32, 1), ("b32 %r3", 0, 1, 1),
+     ("b32 %r3", 132, 1, 1), ("v2.b32 {%r3, %r4}", 8, 2, 2), ("v2.b32 {%r3, %r4}", 16, 4, 2),
+     ("v4.b32 {%r3, %r4, %r5, %r6}", 16, 4, 4), ("v4.b32 {%r3, %r4, %r5, %r6}", 128, 32, 4)],
+)  # fmt: skip
+def test_bank_conflicts(access, apart, wavefronts, least):
+    body = f"mov.b32 %r9, global_smem; mul.lo.s32 %r8, %r0, {apart}; add.s32 %r8, %r8, %r9; ld.shared.{access}, [%r8];"
+    (row,) = (c for c in run(body, torch.zeros(32), threads=32, shared=8192).counts() if c["name"].startswith("ld.shared"))
+    assert (row["wavefronts"], row["least"]) == (wavefronts, least)
+
+
 def test_what_is_not_known_is_named():
     with pytest.raises(ValueError, match=r"not known: sin\.approx\.f32"):
         run("sin.approx.f32 %r3, %r0;", torch.zeros(64))
@@ -312,20 +334,25 @@ def double(x, n, BLOCK: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(x + offs, 2 * tl.load(x + offs, mask=offs < n), mask=offs < MASK)
 
-x = torch.ones(1000)
+x = torch.ones(1024)[:1000]
 double[(2,)](x, 1000, BLOCK=512)
 print(kernels.where(), kernels.DEVICE, x.sum().item())
 '''
 
 
-@pytest.mark.parametrize(("mask", "expected"), [("n", "cpu 2000.0"), ("n + 8", "double: write of")])
-def test_a_kernel(mask, expected, tmp_path):
-    (tmp_path / "unsafe.py").write_text(UNSAFE.replace("MASK", mask))
-    env = {**os.environ, "LAB_PTX": "sm_90", "PYTHONPATH": str(ROOT)}
-    env.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, tmp_path / "unsafe.py"], capture_output=True, text=True, env=env)
-    assert expected in done.stdout + done.stderr, done.stderr
-    assert done.returncode == ("double" in expected)
+@pytest.mark.parametrize(("mask", "expected"), [("n", "cpu 2000.0"), ("n + 8", "RuntimeError: double: write of")])
+def test_a_kernel(mask, expected):
+    assert expected in what_runs.run_script(UNSAFE.replace("MASK", mask), "ptx")
+
+
+def test_traffic():
+    """Over all launches of the script: 1,000 words each, read and written once. A thread has four neighbours, but takes
+    them one by one, since 1,000 might not be a multiple of four: every access touches a sector a lane, four in all.
+    """
+    script = UNSAFE.replace("MASK", "n") + "double[(2,)](x, 1000, BLOCK=512)\nfrom labkit import ptx; print(ptx.traffic())"
+    found = ast.literal_eval(what_runs.run_script(script, "ptx").splitlines()[-1])
+    assert list(found) == ["double"]
+    assert (found["double"]["bytes"], found["double"]["sectors"]) == (2 * 2 * 4000, 4 * 2 * 2 * 125)
 
 
 def test_every_benchmark_case_compiled_for_an_h200():
@@ -336,3 +363,31 @@ def test_every_benchmark_case_compiled_for_an_h200():
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "Dry run: 0 failed." in done.stdout
+
+
+PLANTED_BUGS = [
+    ("labkit/ptx.cpp", "return a ^ (a >> 7 & swizzle) << 4;", "return a;"),
+    ("labkit/ptx.cpp", "to ^= (to >> 7 & swizzle) << 4;", ""),
+    ("labkit/ptx.cpp", "at[0] = VALUE(x), at[1] = VALUE(x >> 16);", "at[1] = VALUE(x), at[0] = VALUE(x >> 16);"),
+    ("labkit/ptx.cpp", "return lane / 4 + 8 * (k >> 1 & 1);", "return lane / 4 + 8 * (k & 1);"),
+    ("labkit/ptx.cpp", "inside &= x >= 0 && x < s64(map.size[k]);", "inside &= x >= 0;"),
+    ("labkit/ptx.cpp", "        program.epoch++;\n", ""),
+    ("labkit/ptx.cpp", "bool same = data && program.shared[i] == data[k];", "bool same = true;"),
+    ("labkit/ptx.cpp", "if (writer && writer != me) fault(\"programs", "if (false) fault(\"programs"),
+    ("labkit/ptx.cpp", "if (address >= r.begin && address + size <= r.end) return r;", "if (address >= r.begin && address <= r.end) return r;"),
+    ("labkit/ptx.cpp", "for (; w.groups.size() > groups_left; w.groups.pop_front()) {", "for (; !w.groups.empty(); w.groups.pop_front()) {"),
+    ("labkit/ptx.cpp", "(mode == UP ? from >= limit : from <= limit)", "(from >= limit)"),
+    ("labkit/ptx.cpp", "if (f.lanes) merged[f.at] |= f.lanes;", "if (f.lanes) merged[f.at] = f.lanes;"),
+    ("labkit/ptx.cpp", "return x != x ? 0x7fff : (b + 0x7fff + (b >> 16 & 1)) >> 16;", "return x != x ? 0x7fff : b >> 16;"),
+    ("labkit/ptx.cpp", "if (i.whole_warp && now.lanes != ALL_LANES)", "if (false)"),
+    ("labkit/ptx.cpp", "f32(y + 0x1p-22 * noise(bits<u32>(x)))", "y"),
+    ("labkit/ptx.cpp", "b.bytes += i.numbers[0], b.pending--;", "b.bytes += i.numbers[0] + 1, b.pending--;"),
+    ("labkit/ptx.cpp", "for (u32 w : words) per_bank[w % 32]++;", "for (u32 w : words) per_bank[w % 16]++;"),
+    ("labkit/ptx.cpp", "s <= (address[lane] + size - 1) / 32; s++", "s <= address[lane] / 32 + 1; s++"),
+    ("labkit/ptx.py", "negated, text = self._row(found[2]), int(bool(found[1]))", "negated, text = self._row(found[2]), 0"),
+    ("labkit/ptx.py", "[0] * in_registers, *transposed]", "[0] * in_registers, *reversed(transposed)]"),
+    ("labkit/ptx.py", "aligned = -(-scratch.data_ptr() // 128) * 128", "aligned = -(-scratch.data_ptr() // 128) * 128 + 64"),
+    # what the interpreter never runs
+    ("kernels/distillation.py", "return libdevice.fast_log2f(x)", "return x"),
+    ("kernels/flash_decoding.py", "if tl.atomic_add(arrived, 1, sem=\"acq_rel\", scope=\"gpu\") == num_splits - 1:", "if tl.atomic_add(arrived, 1, sem=\"acq_rel\", scope=\"gpu\") == 0:"),
+]
