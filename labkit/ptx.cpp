@@ -27,7 +27,6 @@ using u8 = uint8_t;
 using u16 = uint16_t;
 using u32 = uint32_t;
 using u64 = uint64_t;
-using s8 = int8_t;
 using s16 = int16_t;
 using s32 = int32_t;
 using s64 = int64_t;
@@ -460,8 +459,6 @@ void reduce_lanes(Warp& w, const Instruction& i, u32) {  // rows d, x
 template <class T>
 T sum_of(T a, T b) { return a + b; }
 template <class T>
-T least_of(T a, T b) { return std::min(a, b); }
-template <class T>
 T most_of(T a, T b) { return std::max(a, b); }
 void elect(Warp& w, const Instruction& i, u32) {  // rows lane or "_", predicate
     for (int lane = 0; lane < 32; lane++) {
@@ -790,54 +787,34 @@ void define_integers(const std::string& size) {
     DEFINE("setp.ge." + u, U, U, u64, a >= b)
 }
 
-template <class S, class U, class WS, class WU>
-void define_products(const std::string& size) {  // W: types of twice the width
-    constexpr int BITS = 8 * sizeof(S);
-    DEFINE("mul.wide.s" + size, S, WS, WS, WS(a) * b)
-    DEFINE("mul.wide.u" + size, U, WU, WU, WU(a) * b)
-    DEFINE("mad.wide.s" + size, S, WS, WS, WS(a) * b + c)
-    DEFINE("mad.wide.u" + size, U, WU, WU, WU(a) * b + c)
-    DEFINE("mul.hi.s" + size, S, WS, S, WS(a) * b >> BITS)
-    DEFINE("mul.hi.u" + size, U, WU, U, WU(a) * b >> BITS)
+template <bool FTZ>
+inline f32 kept(f32 x) {
+    return FTZ ? flush(x) : x;
+}
+template <bool FTZ>
+void define_floats(const std::string& type) {
+    DEFINE("add" + type, f32, f32, f32, kept<FTZ>(kept<FTZ>(a) + kept<FTZ>(b)))
+    DEFINE("sub" + type, f32, f32, f32, kept<FTZ>(kept<FTZ>(a) - kept<FTZ>(b)))
+    DEFINE("mul" + type, f32, f32, f32, kept<FTZ>(kept<FTZ>(a) * kept<FTZ>(b)))
+    DEFINE("fma.rn" + type, f32, f32, f32, kept<FTZ>(std::fma(kept<FTZ>(a), kept<FTZ>(b), kept<FTZ>(c))))
+    DEFINE("neg" + type, f32, f32, f32, -kept<FTZ>(a))
+    DEFINE("abs" + type, f32, f32, f32, std::fabs(kept<FTZ>(a)))
+    DEFINE("max" + type, f32, f32, f32, other_max(kept<FTZ>(a), kept<FTZ>(b)))
+    DEFINE("min" + type, f32, f32, f32, other_min(kept<FTZ>(a), kept<FTZ>(b)))
 }
 
-void define_floats(const std::string& ftz) {
-    DEFINE("add" + ftz + ".f32", f32, f32, f32, a + b)
-    DEFINE("sub" + ftz + ".f32", f32, f32, f32, a - b)
-    DEFINE("mul" + ftz + ".f32", f32, f32, f32, a * b)
-    DEFINE("fma.rn" + ftz + ".f32", f32, f32, f32, std::fma(a, b, c))
-    DEFINE("neg" + ftz + ".f32", u32, u32, u32, a ^ 0x80000000)
-    DEFINE("abs" + ftz + ".f32", u32, u32, u32, a & 0x7fffffff)
-    DEFINE("max" + ftz + ".f32", f32, f32, f32, other_max(a, b))
-    DEFINE("min" + ftz + ".f32", f32, f32, f32, other_min(a, b))
-    DEFINE("div.full" + ftz + ".f32", f32, f32, f32, divide(a, b))
-    DEFINE("div.rn" + ftz + ".f32", f32, f32, f32, a / b)
-    DEFINE("sqrt.rn" + ftz + ".f32", f32, f32, f32, std::sqrt(a))
-    DEFINE("sqrt.approx" + ftz + ".f32", f32, f32, f32, off_by(0x1p-23f, std::sqrt(a), bits<u32>(a)))
-    DEFINE("rsqrt.approx" + ftz + ".f32", f32, f32, f32, off_by(0x1p-23f, f32(1 / std::sqrt(double(a))), bits<u32>(a)))
-    DEFINE("rcp.approx" + ftz + ".f32", f32, f32, f32, divide(1.0f, a))
-    DEFINE("ex2.approx" + ftz + ".f32", f32, f32, f32, ex2(a))
-    DEFINE("lg2.approx" + ftz + ".f32", f32, f32, f32, lg2(a))
-}
-
-#define DEFINE_HALVES(type, FROM, TO)                                                                             \
-    for (std::string rn : {"", ".rn"}) {                                                                          \
-        DEFINE("add" + rn + "." type, u16, u16, u16, TO(FROM(a) + FROM(b)))                                       \
-        DEFINE("sub" + rn + "." type, u16, u16, u16, TO(FROM(a) - FROM(b)))                                       \
-        DEFINE("mul" + rn + "." type, u16, u16, u16, TO(FROM(a) * FROM(b)))                                       \
-        DEFINE("add" + rn + "." type "x2", u32, u32, u32, pair(TO(FROM(a) + FROM(b)), TO(FROM(a >> 16) + FROM(b >> 16)))) \
-        DEFINE("sub" + rn + "." type "x2", u32, u32, u32, pair(TO(FROM(a) - FROM(b)), TO(FROM(a >> 16) - FROM(b >> 16)))) \
-        DEFINE("mul" + rn + "." type "x2", u32, u32, u32, pair(TO(FROM(a) * FROM(b)), TO(FROM(a >> 16) * FROM(b >> 16)))) \
-    }                                                                                                             \
-    DEFINE("fma.rn." type, u16, u16, u16, TO(std::fma(FROM(a), FROM(b), FROM(c))))                                \
-    DEFINE("fma.rn." type "x2", u32, u32, u32,                                                                    \
-           pair(TO(std::fma(FROM(a), FROM(b), FROM(c))), TO(std::fma(FROM(a >> 16), FROM(b >> 16), FROM(c >> 16))))) \
-    DEFINE("abs." type, u16, u16, u16, a & 0x7fff)                                                                \
-    DEFINE("neg." type, u16, u16, u16, a ^ 0x8000)                                                                \
-    DEFINE("abs." type "x2", u32, u32, u32, a & 0x7fff7fff)                                                       \
-    DEFINE("neg." type "x2", u32, u32, u32, a ^ 0x80008000)                                                       \
-    DEFINE("cvt.f32." type, u16, u16, f32, FROM(a))                                                               \
-    DEFINE("cvt.rn." type ".f32", f32, f32, u16, TO(a))                                                           \
+// bf16 and f16, one or two in a register. In a pair of cvt the second operand is the low half.
+#define DEFINE_HALVES(type, FROM, TO)                                                                          \
+    DEFINE("add." type, u16, u16, u16, TO(FROM(a) + FROM(b)))                                                  \
+    DEFINE("fma.rn." type, u16, u16, u16, TO(std::fma(FROM(a), FROM(b), FROM(c))))                             \
+    DEFINE("abs." type, u16, u16, u16, a & 0x7fff)                                                             \
+    DEFINE("add." type "x2", u32, u32, u32, pair(TO(FROM(a) + FROM(b)), TO(FROM(a >> 16) + FROM(b >> 16))))    \
+    DEFINE("fma.rn." type "x2", u32, u32, u32,                                                                 \
+           pair(TO(std::fma(FROM(a), FROM(b), FROM(c))),                                                       \
+                TO(std::fma(FROM(a >> 16), FROM(b >> 16), FROM(c >> 16)))))                                    \
+    DEFINE("abs." type "x2", u32, u32, u32, a & 0x7fff7fff)                                                    \
+    DEFINE("cvt.f32." type, u16, u16, f32, FROM(a))                                                            \
+    DEFINE("cvt.rn." type ".f32", f32, f32, u16, TO(a))                                                        \
     DEFINE("cvt.rn." type "x2.f32", f32, f32, u32, pair(TO(b), TO(a)))
 
 inline u32 permute(u64 x, u32 selector) {
@@ -873,10 +850,8 @@ void define_all() {
     define_integers<s16, u16>("16");
     define_integers<s32, u32>("32");
     define_integers<s64, u64>("64");
-    define_products<s16, u16, s32, u32>("16");
-    define_products<s32, u32, s64, u64>("32");
-    define_floats("");
-    define_floats(".ftz");
+    define_floats<false>(".f32");
+    define_floats<true>(".ftz.f32");
     DEFINE_HALVES("bf16", bf16, to_bf16)
     DEFINE_HALVES("f16", f16, to_f16)
     DEFINE("and.pred", u64, u64, u64, a & b)
@@ -885,8 +860,17 @@ void define_all() {
     DEFINE("not.pred", u64, u64, u64, !a)
     DEFINE("mov.pred", u64, u64, u64, a != 0)
     DEFINE("max.NaN.f32", f32, f32, f32, a != a || b != b ? NAN : std::max(a, b))
-    DEFINE("min.NaN.f32", f32, f32, f32, a != a || b != b ? NAN : std::min(a, b))
-    DEFINE("mov.f32", u32, u32, u32, a)
+    DEFINE("mul.wide.s32", s32, s64, s64, s64(a) * b)
+    DEFINE("mul.wide.u32", u32, u64, u64, u64(a) * b)
+    DEFINE("mad.wide.s32", s32, s64, s64, s64(a) * b + c)
+    DEFINE("mad.wide.u32", u32, u64, u64, u64(a) * b + c)
+    DEFINE("mul.hi.s32", s32, s64, s32, s64(a) * b >> 32)
+    DEFINE("mul.hi.u32", u32, u64, u32, u64(a) * b >> 32)
+    DEFINE("mul.hi.u16", u16, u32, u16, u32(a) * b >> 16)
+    DEFINE("div.full.f32", f32, f32, f32, divide(a, b))
+    DEFINE("rsqrt.approx.ftz.f32", f32, f32, f32, off_by(0x1p-23f, f32(1 / std::sqrt(double(flush(a)))), bits<u32>(a)))
+    DEFINE("ex2.approx.ftz.f32", f32, f32, f32, ex2(a))
+    DEFINE("lg2.approx.ftz.f32", f32, f32, f32, lg2(a))
     DEFINE("selp.f32", u32, u64, u32, c ? a : b)
     DEFINE("setp.eq.f32", f32, f32, u64, a == b)
     DEFINE("setp.ne.f32", f32, f32, u64, a < b || a > b)
@@ -900,31 +884,18 @@ void define_all() {
     DEFINE("setp.leu.f32", f32, f32, u64, !(a > b))
     DEFINE("setp.gtu.f32", f32, f32, u64, !(a <= b))
     DEFINE("setp.geu.f32", f32, f32, u64, !(a < b))
-    DEFINE("setp.nan.f32", f32, f32, u64, a != a || b != b)
-    DEFINE("setp.num.f32", f32, f32, u64, a == a && b == b)
     DEFINE("cvt.rn.f32.s32", s32, s32, f32, a)
     DEFINE("cvt.rn.f32.u32", u32, u32, f32, a)
-    DEFINE("cvt.rn.f32.s64", s64, s64, f32, a)
-    DEFINE("cvt.rn.f32.u64", u64, u64, f32, a)
     DEFINE("cvt.s64.s32", s32, s32, s64, a)
-    DEFINE("cvt.s64.s16", s16, s16, s64, a)
-    DEFINE("cvt.s32.s16", s16, s16, s32, a)
-    DEFINE("cvt.s32.s8", s8, s8, s32, a)
-    DEFINE("cvt.s16.s8", s8, s8, s16, a)
     DEFINE("cvt.u64.u32", u32, u32, u64, a)
     DEFINE("cvt.u64.u16", u16, u16, u64, a)
     DEFINE("cvt.u32.u64", u64, u64, u32, a)
     DEFINE("cvt.u32.u16", u16, u16, u32, a)
-    DEFINE("cvt.u32.u8", u8, u8, u32, a)
-    DEFINE("cvt.u16.u64", u64, u64, u16, a)
     DEFINE("cvt.u16.u32", u32, u32, u16, a)
-    DEFINE("cvt.u16.u8", u8, u8, u16, a)
     DEFINE("popc.b32", u32, u32, u32, __builtin_popcount(a))
-    DEFINE("clz.b32", u32, u32, u32, a ? __builtin_clz(a) : 32)
     DEFINE("bfe.u32", u32, u32, u32, field(a, b & 255, c & 255, false))
     DEFINE("bfe.s32", s32, u32, s32, field(a, b & 255, c & 255, true))
     DEFINE("shf.l.wrap.b32", u32, u32, u32, (u64(b) << 32 | a) << (c & 31) >> 32)
-    DEFINE("shf.r.wrap.b32", u32, u32, u32, (u64(b) << 32 | a) >> (c & 31))
     DEFINE("prmt.b32", u32, u32, u32, permute(u64(b) << 32 | a, c))
     handlers.insert({
         {"pack", pack},
@@ -941,8 +912,6 @@ void define_all() {
         {"shfl", shuffle},
         {"redux.add.s32", reduce_lanes<u32, sum_of>},
         {"redux.add.u32", reduce_lanes<u32, sum_of>},
-        {"redux.min.s32", reduce_lanes<s32, least_of>},
-        {"redux.min.u32", reduce_lanes<u32, least_of>},
         {"redux.max.s32", reduce_lanes<s32, most_of>},
         {"redux.max.u32", reduce_lanes<u32, most_of>},
         {"elect", elect},

@@ -42,20 +42,24 @@ COUNTS = ("warps", "bytes", "sectors", "wavefronts", "least")  # ptx.cpp says wh
 ERROR_SIZE = 1000
 
 
+def compiler() -> str | None:
+    """The C++ compiler that `ptx.cpp` is compiled with: CXX, g++ or clang++."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+
 @functools.cache
 def engine() -> ctypes.CDLL:
     """`ptx.cpp`, compiled once under `_build/ptx`. Raises RuntimeError where there is no compiler, or it fails."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if not compiler:
+    if not (command := compiler()):
         raise RuntimeError("no C++ compiler: g++ or clang++ is needed to run PTX (or name one in CXX)")
-    digest = hashlib.sha256(" ".join([compiler, *FLAGS]).encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256(" ".join([command, *FLAGS]).encode() + SOURCE.read_bytes()).hexdigest()[:16]
     library = ROOT / "_build" / "ptx" / f"engine-{digest}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         part = library.with_suffix(f".{os.getpid()}")  # other processes may be at it
-        made = subprocess.run([compiler, *FLAGS, "-o", part, SOURCE], capture_output=True, text=True)
+        made = subprocess.run([command, *FLAGS, "-o", part, SOURCE], capture_output=True, text=True)
         if made.returncode:
-            raise RuntimeError(f"{compiler} failed on {SOURCE.name}: {made.stderr[-1000:]}")
+            raise RuntimeError(f"{command} failed on {SOURCE.name}: {made.stderr[-1000:]}")
         part.replace(library)
     loaded = ctypes.CDLL(str(library))
     number, numbers = ctypes.c_int64, np.ctypeslib.ndpointer(np.int64)

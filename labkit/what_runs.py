@@ -115,7 +115,7 @@ class Table:
     def lines(self):
         """Rows of pairs: what stands above, and what stands below it."""
         devices = [(t, codegen.ALL_TARGETS[t].device) for t in self.table["targets"]]
-        lines = [[("kernel", "case"), ("interpreter", "on the CPU"), (f"{EMULATED} code", "on the CPU"), *devices]]
+        lines = [[("kernel", "case"), ("interpreter", "on the CPU"), ("PTX", "on the CPU"), *devices]]
         for row in self.table["rows"]:
             run = [(row[how].partition(":")[0] or "in the tests", "") for how in ("interpreter", "ptx")]
             cells = [cell(row["targets"][target]) for target in self.table["targets"]]

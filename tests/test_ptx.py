@@ -12,6 +12,7 @@ import torch
 from labkit import ptx, what_runs
 from labkit.provenance import ROOT
 
+pytestmark = pytest.mark.skipif(not ptx.compiler(), reason="no C++ compiler here: PTX cannot be run")
 HEAD = """
 .version 8.7
 .target sm_90a
@@ -166,10 +167,10 @@ def test_approximations_are_off_by_what_they_may(name, function, error):
     """Within the error of the PTX ISA, and not always the rounded result: a kernel must not count on that."""
     x = torch.rand(64, generator=torch.Generator().manual_seed(1)) * 3 + 0.01
     got = apply(name, 1, x.view(torch.int32)).view(torch.float32).double()
-    exact = function(x.double())
-    bound = error * 1.3 * (torch.where((x > 0.5) & (x < 2), 1.0, exact.abs()) if "lg2" in name else exact.abs())
+    exact, where = function(x.double()), (x > 0.5) & (x < 2)
+    bound = error * 1.3 * (torch.where(where, 1.0, exact.abs()) if "lg2" in name else exact.abs())
     assert ((got - exact).abs() <= bound).all()
-    assert (got != exact.float().double()).any()
+    assert (got != exact.float().double())[where].any()
     if "ex2" in name:
         ends = torch.tensor([0.0, -math.inf, -200.0, math.inf] * 16)
         assert apply(name, 1, ends.view(torch.int32)).view(torch.float32)[:4].tolist() == [1.0, 0.0, 0.0, math.inf]
@@ -385,7 +386,7 @@ PLANTED_BUGS = [
     ("labkit/ptx.cpp", "for (u32 w : words) per_bank[w % 32]++;", "for (u32 w : words) per_bank[w % 16]++;"),
     ("labkit/ptx.cpp", "s <= (address[lane] + size - 1) / 32; s++", "s <= address[lane] / 32 + 1; s++"),
     ("labkit/ptx.py", "negated, text = self._row(found[2]), int(bool(found[1]))", "negated, text = self._row(found[2]), 0"),
-    ("labkit/ptx.py", "[0] * in_registers, *transposed]", "[0] * in_registers, *reversed(transposed)]"),
+    ("labkit/ptx.py", "*[0] * in_registers, *transposed]", "0, 0]"),
     ("labkit/ptx.py", "aligned = -(-scratch.data_ptr() // 128) * 128", "aligned = -(-scratch.data_ptr() // 128) * 128 + 64"),
     # what the interpreter never runs
     ("kernels/distillation.py", "return libdevice.fast_log2f(x)", "return x"),
