@@ -1,10 +1,14 @@
 // The engine of labkit/ptx.py: runs PTX on the CPU, one warp of 32 lanes at a time. Written for what Triton emits.
 //
-// What a GPU leaves open is decided against the kernel: programs and warps run in random order, what is not written is
-// NaN, asynchronous copies land as late as they may, and approximate instructions are off by what the PTX ISA allows.
+// What a GPU leaves open is decided against the kernel: programs and warps run in random order, registers and shared
+// memory begin as NaN, the target of an asynchronous copy is NaN until somebody waits for it, and approximate
+// instructions are off by about what the PTX ISA allows.
 // Reported, with the line of the PTX: accesses outside the arguments or misaligned, warps of a program that touch the
-// same shared memory without a barrier between, programs that touch the same bytes without an atomic between,
-// instructions of a whole warp that only some lanes reach, waits that nothing ends.
+// same shared memory without a barrier between, writes of what a matrix product in flight may still read, programs that
+// touch the same bytes without an atomic between, instructions of a whole warp that only some lanes reach, waits for a
+// barrier that nothing ends.
+// Not seen: a missing fence between generic and asynchronous accesses; which atomic orders what (a program that has
+// done one may read everything); a result of wgmma that is used before its wait; a loop that polls memory for ever.
 
 #include <algorithm>
 #include <cmath>
@@ -77,9 +81,9 @@ struct Code {
 
 struct Range {  // memory that the launch may touch: the storage of one argument
     u64 begin, end;
-    u16 *writer, *reader;  // of every byte: the program that touched it last, + 1; SEVERAL readers
+    u32 *writer, *reader;  // of every byte: the program that touched it last, + 1; SEVERAL readers
 };
-constexpr u16 SEVERAL = 65535;
+constexpr u32 SEVERAL = 0xffffffffu;
 
 struct Launch {
     const Code* code;
@@ -127,6 +131,7 @@ struct Program {
     u32 index[3];
     std::vector<u8> shared;
     std::vector<u32> writes, reads;  // of every byte of shared memory: epoch << 8 | warp + 1, or 255 for several
+    std::vector<u16> in_flight;      // of every 16 bytes: matrix products that may still read them
     u32 epoch = 1;                   // barriers passed
     std::vector<std::unique_ptr<Warp>> warps;
     std::map<u32, Mbarrier> mbarriers;
@@ -197,7 +202,7 @@ inline double noise(u32 x) {
 }
 inline f32 off_by(f32 relative, f32 y, u32 seed) { return f32(double(y) * (1.0 + relative * noise(seed))); }
 
-// Errors: PTX ISA, the tables of the instructions. What is exact there, or is a power of two, stays exact.
+// Errors: PTX ISA, the tables of the instructions. What is exact there stays exact, and a division by a power of two.
 inline f32 ex2(f32 x) {
     x = flush(x);
     return x == 0 ? 1.0f : off_by(0x1p-22f, flush(std::exp2(x)), bits<u32>(x));
@@ -215,15 +220,14 @@ inline f32 divide(f32 a, f32 b) {
 inline f32 other_max(f32 a, f32 b) { return a != a ? b : b != b ? a : a > b ? a : b; }  // the operand that is no NaN
 inline f32 other_min(f32 a, f32 b) { return a != a ? b : b != b ? a : a < b ? a : b; }
 
+// A division by zero has no value that a program may count on: all ones here.
 template <class T>
 inline T quotient(T a, T b) {
-    if (b == 0) fault("division by zero");
-    return a / b;
+    return b == 0 ? T(-1) : std::is_signed_v<T> && b == T(-1) ? T(0 - std::make_unsigned_t<T>(a)) : a / b;
 }
 template <class T>
 inline T remainder_of(T a, T b) {
-    if (b == 0) fault("division by zero");
-    return a % b;
+    return b == 0 ? T(-1) : std::is_signed_v<T> && b == T(-1) ? T(0) : a % b;
 }
 
 // ---- memory ----------------------------------------------------------------------------------------------------------
@@ -231,23 +235,19 @@ inline T remainder_of(T a, T b) {
 Range& range_of(Launch& launch, u64 address, u64 size, const char* what) {
     s64 distance = INT64_MAX;
     for (auto& r : launch.ranges) {
-        if (address >= r.begin && address + size <= r.end) return r;
+        if (address >= r.begin && size <= r.end - r.begin && address - r.begin <= r.end - r.begin - size) return r;
         s64 d = address < r.begin ? s64(address - r.begin) : s64(address + size - r.end);
         if (std::llabs(d) < std::llabs(distance)) distance = d;
     }
     fault("%s of %d bytes, %lld bytes outside the nearest argument", what, int(size), (long long)distance);
 }
 
-void touch_global(Warp& warp, u64 address, u32 size, bool write) {
+void mark_global(Warp& warp, Range& range, u64 address, u32 size, bool write) {
     Program& program = *warp.program;
-    Launch& launch = *program.launch;
-    const char* what = write ? "write" : "read";
-    if (address % size) fault("misaligned %s of %u bytes", what, size);
-    Range& range = range_of(launch, address, size, what);
-    if (!launch.watch_races) return;
-    u16 me = program.id % 65000 + 1;
+    if (!program.launch->watch_races) return;
+    u32 me = program.id + 1;
     for (u64 i = address - range.begin; i < address - range.begin + size; i++) {
-        u16 writer = range.writer[i], reader = range.reader[i];
+        u32 writer = range.writer[i], reader = range.reader[i];
         if (write) {
             if (writer && writer != me) fault("programs %d and %d write the same byte", writer - 1, me - 1);
             if (reader && reader != me && !program.acquired) fault("a write of what another program has read");
@@ -260,11 +260,19 @@ void touch_global(Warp& warp, u64 address, u32 size, bool write) {
     }
 }
 
+void touch_global(Warp& warp, u64 address, u32 size, bool write) {
+    const char* what = write ? "write" : "read";
+    if (address % size) fault("misaligned %s of %u bytes", what, size);
+    mark_global(warp, range_of(*warp.program->launch, address, size, what), address, size, write);
+}
+
 // data: what a write will store. Warps that store the same bytes do no harm: Triton does it for what several hold.
 void touch_shared(Warp& warp, u32 address, u32 size, bool write, const u8* data = nullptr) {
     Program& program = *warp.program;
     if (address < SHARED_BASE || address - SHARED_BASE + size > program.shared.size())
         fault("shared memory of %zu bytes: an access at %u", program.shared.size(), address - SHARED_BASE);
+    for (u32 k = (address - SHARED_BASE) / 16; write && k <= (address - SHARED_BASE + size - 1) / 16; k++)
+        if (program.in_flight[k]) fault("a write of what a matrix product may still read");
     if (!program.launch->watch_races) return;
     u32 now = program.epoch << 8, me = now | u32(warp.index + 1);
     for (u32 k = 0, i = address - SHARED_BASE; k < size; k++, i++) {
@@ -399,16 +407,17 @@ void copy_async(Warp& w, const Instruction& i, u32 lanes) {
         u64 from = w.row(i.rows[1])[lane] + i.numbers[2];
         if (from_size) {
             if (from % size) fault("cp.async of %u bytes from a misaligned address", size);
-            range_of(*w.program->launch, from, from_size, "cp.async");
+            mark_global(w, range_of(*w.program->launch, from, from_size, "cp.async"), from, from_size, false);
         }
+        if (from_size > size || to % size) fault("cp.async of %u bytes, of which %u are read, to %u", size, from_size, to);
         touch_shared(w, to, size, true);
+        memset(&w.program->shared[to - SHARED_BASE], 0xff, size);  // until it lands
         w.copies.push_back({to, size, from_size, from});
     });
 }
 void land(Warp& w, size_t groups_left) {
     for (; w.groups.size() > groups_left; w.groups.pop_front()) {
         for (auto& copy : w.groups.front()) {
-            if (copy.to % copy.size) fault("cp.async of %u bytes to a misaligned address", copy.size);
             touch_shared(w, copy.to, copy.size, true);
             u8* to = &w.program->shared[copy.to - SHARED_BASE];
             memset(to, 0, copy.size);
@@ -420,7 +429,10 @@ void commit_copies(Warp& w, const Instruction&, u32) {
     w.groups.push_back(std::move(w.copies));
     w.copies.clear();
 }
-void wait_for_copies(Warp& w, const Instruction& i, u32) { land(w, i.numbers[0]); }
+void wait_for_copies(Warp& w, const Instruction& i, u32 lanes) {  // numbers groups left, whether to commit before
+    if (i.numbers[1]) commit_copies(w, i, lanes);
+    land(w, i.numbers[0]);
+}
 
 void atomic_add(Warp& w, const Instruction& i, u32 lanes) {  // rows old, address, x; numbers offset
     each(lanes, [&](int lane) {
@@ -564,6 +576,7 @@ struct Descriptor {
 template <f32 (*VALUE)(u16)>
 void wgmma(Warp& w, const Instruction& i, u32) {
     int n = i.numbers[0];
+    if (w.program->launch->num_threads % 128) fault("wgmma takes groups of four warps");
     f32 a[16][16], b[16][256];
     auto fetch = [&](u32 address) {
         w.reads.push_back(address & ~15u);
@@ -586,12 +599,16 @@ void wgmma(Warp& w, const Instruction& i, u32) {
 void commit_products(Warp& w, const Instruction&, u32) {
     std::sort(w.reads.begin(), w.reads.end());
     w.reads.erase(std::unique(w.reads.begin(), w.reads.end()), w.reads.end());
+    for (u32 address : w.reads) w.program->in_flight[(address - SHARED_BASE) / 16]++;
     w.products.push_back(std::move(w.reads));
     w.reads.clear();
 }
 void wait_for_products(Warp& w, const Instruction& i, u32) {  // until here they may have read their operands
     for (; w.products.size() > size_t(i.numbers[0]); w.products.pop_front())
-        for (u32 address : w.products.front()) touch_shared(w, address, 16, false);
+        for (u32 address : w.products.front()) {
+            touch_shared(w, address, 16, false);
+            w.program->in_flight[(address - SHARED_BASE) / 16]--;
+        }
 }
 
 // ---- the copy engine (TMA) -------------------------------------------------------------------------------------------
@@ -659,7 +676,11 @@ void tma_load(Warp& w, const Instruction& i, u32 lanes) {  // rows to, map, coor
         if (!map.box[k] || map.box[k] > 256 || map.step[k] != 1) fault("TMA: a box of %u", map.box[k]);
     if (inner % 16 || (map.swizzle && inner > 16u << map.swizzle)) fault("TMA: inner box of %u bytes", inner);
     if (job.to % 128) fault("TMA: to an address not at 128 bytes");
-    for (u32 a = 0; a < map.box_elements() * element; a += 16) touch_shared(w, job.to + a, 16, true);
+    for (u32 a = job.to; a < job.to + map.box_elements() * element; a += 16) {
+        u32 to = a ^ (a >> 7 & ((1u << map.swizzle) - 1)) << 4;
+        touch_shared(w, to, 16, true);
+        memset(&w.program->shared[to - SHARED_BASE], 0xff, 16);  // until it lands
+    }
     w.program->tma.push_back(job);
 }
 void run_tma(Program& program, const TmaLoad& job) {
@@ -698,7 +719,12 @@ Mbarrier& mbarrier_at(Warp& w, u64 address) {
 }
 void mbarrier_init(Warp& w, const Instruction& i, u32 lanes) {
     u32 count = i.numbers[0];
-    each(lanes, [&](int lane) { w.program->mbarriers[u32(w.row(i.rows[0])[lane])] = {count, count, 0, 0, true}; });
+    each(lanes, [&](int lane) {
+        u32 address = u32(w.row(i.rows[0])[lane]);
+        u64 nothing_yet = 0;
+        write_shared(w, address, &nothing_yet, 8);
+        w.program->mbarriers[address] = {count, count, 0, 0, true};
+    });
 }
 void mbarrier_invalidate(Warp& w, const Instruction& i, u32 lanes) {
     each(lanes, [&](int lane) { mbarrier_at(w, w.row(i.rows[0])[lane]).valid = false; });
@@ -709,6 +735,7 @@ void mbarrier_expect(Warp& w, const Instruction& i, u32 lanes) {  // one arrival
         if (b.pending == 0) fault("mbarrier: one arrival too many");
         b.bytes += i.numbers[0], b.pending--;
         b.settle();
+        w.program->idle = 0;
     });
 }
 void mbarrier_try_wait(Warp& w, const Instruction& i, u32 lanes) {  // rows complete, mbarrier, parity of the phase
@@ -939,7 +966,7 @@ void define_all() {
 }
 
 bool of_whole_warp(const std::string& handler) {
-    for (const char* start : {"shfl", "redux", "elect", "ldmatrix", "stmatrix", "bar.", "mma.", "wgmma."})
+    for (const char* start : {"shfl", "redux", "elect", "ldmatrix", "stmatrix", "bar.", "mma.", "wgmma.", "cp.async."})
         if (handler.rfind(start, 0) == 0) return true;
     return false;
 }
@@ -955,7 +982,8 @@ void step(Warp& w) {
         for (int lane = 0; lane < 32; lane++)
             if (bool(on[lane]) == bool(i.negated)) lanes &= ~(1u << lane);
     }
-    if (i.whole_warp && now.lanes != ALL_LANES) fault("only the lanes %08x are here", now.lanes);
+    u32 here = now.lanes != ALL_LANES ? now.lanes : lanes;
+    if (i.whole_warp && here && here != ALL_LANES) fault("only the lanes %08x are here", here);
     if (lanes) w.program->launch->counts[i.index].warps++, i.run(w, i, lanes);
     if (w.jump >= 0) {
         Fragment jumped{w.jump, w.jumping};
@@ -973,6 +1001,7 @@ void step(Warp& w) {
         w.fragments.clear();
         for (auto [at, here] : merged) w.fragments.push_back({at, here});
         if (w.fragments.empty()) {
+            if (w.reads.size() + w.products.size()) fault("the end, before its matrix products were waited for");
             commit_copies(w, i, 0);
             land(w, 0);
             w.done = true;
@@ -987,11 +1016,12 @@ std::unique_ptr<Program> start(Launch& launch, int id) {
     u32 index[3] = {id % grid[0], id / grid[0] % grid[1], id / grid[0] / grid[1]};
     memcpy(program->index, index, sizeof index);
     program->shared.assign(launch.shared_size, 0xff);  // NaN in every format
+    program->in_flight.resize(launch.shared_size / 16 + 1);
     if (launch.watch_races) program->writes.resize(launch.shared_size), program->reads.resize(launch.shared_size);
     for (int k = 0; k < launch.num_threads / 32; k++) {
         auto warp = std::make_unique<Warp>();
         warp->program = program.get(), warp->index = k;
-        warp->registers.assign(size_t(launch.code->num_rows) * 32, 0xabababababababab);
+        warp->registers.assign(size_t(launch.code->num_rows) * 32, ~u64(0));
         for (auto [row, x] : launch.code->constants) std::fill_n(warp->row(row), 32, x);
         for (auto [row, which] : launch.code->specials)
             for (u32 lane = 0; lane < 32; lane++) {
@@ -1016,6 +1046,7 @@ void turn(Program& program) {
     if (awake.empty()) {
         for (auto& w : program.warps) w->at_barrier = false;
         program.epoch++;
+        program.idle = 0;
         return;
     }
     if (ready.empty()) {
@@ -1043,11 +1074,11 @@ void turn(Program& program) {
     }
 }
 
-u16* one_each_byte(const Range& r) {  // zeros; untouched pages take no memory
-    size_t size = 2 * std::max<u64>(r.end - r.begin, 1);
+u32* one_each_byte(const Range& r) {  // zeros; untouched pages take no memory
+    size_t size = 4 * std::max<u64>(r.end - r.begin, 1);
     void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) fault("no memory to watch an argument of %llu bytes", (unsigned long long)(r.end - r.begin));
-    return (u16*)p;
+    return (u32*)p;
 }
 
 // ---- for ptx.py ------------------------------------------------------------------------------------------------------
@@ -1120,8 +1151,8 @@ s64 ptx_launch(const void* code, const s64* grid, s64 num_threads, s64 shared_si
         failed = 1;
     }
     for (auto& r : launch.ranges)
-        for (u16* p : {r.writer, r.reader})
-            if (p) munmap(p, 2 * std::max<u64>(r.end - r.begin, 1));
+        for (u32* p : {r.writer, r.reader})
+            if (p) munmap(p, 4 * std::max<u64>(r.end - r.begin, 1));
     return failed;
 }
 }

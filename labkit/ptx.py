@@ -142,6 +142,13 @@ class Kernel:
         base, offset = re.fullmatch(r"\[\s*([%\w]+)\s*(?:\+\s*(-?\w+))?\s*\]", text).groups()
         return self._operand(base), int(offset or "0", 0)
 
+    def _place(self, text):
+        """[register] -> row."""
+        row, offset = self._address(text)
+        if offset:
+            raise ValueError("an offset where none is known")
+        return row
+
     # ---- statements
 
     def _read(self, body, line):
@@ -176,6 +183,8 @@ class Kernel:
             at += 1
         for instruction, scope, name in jumps:
             while (scope, name) not in labels:
+                if not scope:
+                    raise ValueError(f"no label {name}")
                 scope = scope[:-1]
             self._instructions[instruction][-1] = [labels[scope, name]]
         self._emit("ret", "ret", [], [], -1, 0, line)
@@ -206,6 +215,8 @@ class Kernel:
         kind = parts[-1]
         bits = int(re.sub(r"x2$|\D", "", kind) or 0) * (2 if kind.endswith("x2") else 1)
         if name.startswith(ORDERING):  # instructions are done in order here
+            if name == "bar.warp.sync":
+                _all_lanes(ops[0])
             return "nothing", [], []
         if parts[0] in ("ld", "st"):
             return self._load_or_store(parts, bits, ops)
@@ -219,11 +230,14 @@ class Kernel:
             address, offset = self._address(ops[1])
             return "atom.add", [self._operand(ops[0]), address, self._operand(ops[2])], [offset]
         if parts[0] == "shfl":
-            rows = [self._row(ops[0].split("|")[0]), *(self._operand(x) for x in ops[1:4])]
+            _all_lanes(ops[4])
+            rows = [self._row(ops[0]), *(self._operand(x) for x in ops[1:4])]
             return "shfl", rows, [["bfly", "idx", "up", "down"].index(parts[2])]
         if parts[:2] == ["redux", "sync"]:
+            _all_lanes(ops[2])
             return f"redux.{'.'.join(parts[2:])}", [self._operand(x) for x in ops[:2]], []
         if parts[0] == "elect":
+            _all_lanes(ops[1])
             return "elect", [self._operand(x) for x in ops[0].split("|")], []
         if parts[0] in ("ldmatrix", "stmatrix"):
             values, place = ops if parts[0] == "ldmatrix" else reversed(ops)
@@ -241,7 +255,9 @@ class Kernel:
             return f"wgmma.{found[2]}", rows, [int(found[1]), in_registers, *[0] * in_registers, *transposed]
         if name.startswith(("wgmma.commit_group", "wgmma.wait_group")):
             return name.removesuffix(".sync.aligned"), [], [int(x) for x in ops]
-        if name == "bar.sync" and ops == ["0"]:
+        if parts[0] in ("bar", "barrier"):
+            if name != "bar.sync" or ops != ["0"]:
+                raise ValueError("a barrier that is not known")
             return "bar.sync", [], []
         if parts[0] in ("bra", "ret", "trap"):
             return parts[0], [], []
@@ -274,7 +290,8 @@ class Kernel:
         to = self._vector(ops[0], bits)
         if space == "param":
             name, offset = re.fullmatch(r"\[(\w+)(?:\+(\d+))?\]", ops[1]).groups()
-            rows, offset = to, self._offsets[name] + int(offset or 0)
+            (row,) = to
+            rows, offset = [row], self._offsets[name] + int(offset or 0)
         else:
             address, offset = self._address(ops[1])
             rows = [*to, address]
@@ -285,7 +302,7 @@ class Kernel:
         if name == "cp.async.commit_group":
             return name, [], []
         if name in ("cp.async.wait_group", "cp.async.wait_all"):
-            return "cp.async.wait_group", [], [int(ops[0]) if ops else 0]
+            return "cp.async.wait_group", [], [int(ops[0]) if ops else 0, name.endswith("all")]
         if re.fullmatch(r"cp\.async\.c[ag]\.shared\.global", name):
             (to, to_offset), (from_, from_offset) = self._address(ops[0]), self._address(ops[1])
             rows = [to, from_, *(self._operand(x) for x in ops[3:])]
@@ -293,26 +310,26 @@ class Kernel:
         if re.fullmatch(TMA_LOAD, name):
             map_, coordinates = _arguments(ops[1][1:-1])
             coordinates = self._vector(coordinates)
-            rows = [self._address(ops[0])[0], self._row(map_), *coordinates, self._address(ops[2])[0]]
+            rows = [self._place(ops[0]), self._row(map_), *coordinates, self._place(ops[2])]
             return "tma.load", rows, [len(coordinates)]
         raise ValueError("a copy that is not known")
 
     def _mbarrier_or_map(self, name, parts, ops):
         if name.startswith("tensormap.cp_fenceproxy"):
-            return "tensormap.publish", [self._address(x)[0] for x in ops[:2]], []
+            return "tensormap.publish", [self._place(x) for x in ops[:2]], []
         if name.startswith("tensormap.replace.tile"):
             field, constant = parts[3], _number(ops[-1])
-            rows = [self._address(ops[0])[0], *([] if constant is not None else [self._row(ops[-1])])]
+            rows = [self._place(ops[0]), *([] if constant is not None else [self._row(ops[-1])])]
             index = int(ops[1], 0) if field in INDEXED else 0
             return "tensormap.replace", rows, [FIELDS.index(field), index, constant or 0]
         if parts[1] == "init":
-            return "mbarrier.init", [self._address(ops[0])[0]], [int(ops[1])]
+            return "mbarrier.init", [self._place(ops[0])], [int(ops[1])]
         if parts[1] == "inval":
-            return "mbarrier.inval", [self._address(ops[0])[0]], []
+            return "mbarrier.inval", [self._place(ops[0])], []
         if parts[1:3] == ["arrive", "expect_tx"] and ops[0] == "_":
-            return "mbarrier.expect_tx", [self._address(ops[1])[0]], [int(ops[2])]
+            return "mbarrier.expect_tx", [self._place(ops[1])], [int(ops[2])]
         if parts[1:3] == ["try_wait", "parity"]:
-            return "mbarrier.try_wait", [self._row(ops[0]), self._address(ops[1])[0], self._operand(ops[2])], []
+            return "mbarrier.try_wait", [self._row(ops[0]), self._place(ops[1]), self._operand(ops[2])], []
         raise ValueError("a use of mbarrier that is not known")
 
     # ---- the engine
@@ -338,7 +355,8 @@ class Kernel:
 
         warps: how often a warp ran it. Global memory: bytes asked for, and the sectors of 32 bytes that they lie in,
         for each access of a warp (what the L1 cache keeps is not known here). Shared memory: wavefronts, the passes
-        that the accesses take, and the least that they would take without bank conflicts.
+        that the accesses take, and the least that they would take without bank conflicts. Loads, stores, matrices and
+        cp.async; what the TMA, atomics and the operands of wgmma move is not counted.
         """
         names = [name for _, name in self._names]
         pairs = zip(self._instructions, self._counts.tolist(), strict=True)
@@ -388,7 +406,7 @@ def _merged(ranges):
 def _split(text):
     """(the head with the parameters, the body without comments and debug lines, the line on which it begins)."""
     text = re.sub(r"//[^\n]*", "", text)
-    text = re.sub(r"(?m)^\s*\.(loc|file)\b[^\n]*", "", text)
+    text = re.sub(r"(?m)^[ \t]*\.(loc|file)\b[^\n]*", "", text)
     entry = text.index(".entry")
     first = text.index("{", text.index(")", entry))
     depth = 0
@@ -397,6 +415,12 @@ def _split(text):
         if depth == 0:
             break
     return text[entry:first], text[first + 1 : end], text.count("\n", 0, first) + 1
+
+
+def _all_lanes(mask):
+    """A register is believed: which lanes are there is looked at when the instruction is run."""
+    if mask != "-1" and not mask.startswith("%"):
+        raise ValueError(f"a mask of lanes that is not -1: {mask}")
 
 
 def _number(text):

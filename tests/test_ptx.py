@@ -117,8 +117,9 @@ def test_division_and_comparison():
     a = torch.where((a == -(1 << 31)) & (b == -1), 1, a)  # overflows
     assert apply("div.s32", 2, a, b).tolist() == torch.div(a, b, rounding_mode="trunc").tolist()
     assert apply("rem.s32", 2, a, b).tolist() == torch.fmod(a, b).tolist()
-    with pytest.raises(RuntimeError, match=r"division by zero \(div.s32, line 2\d of the PTX; program 0, 0, 0, warp"):
-        apply("div.s32", 2, a, torch.zeros_like(a))
+    least = torch.full_like(a, -(1 << 31))
+    assert apply("div.s32", 2, least, torch.full_like(a, -1)).tolist() == least.tolist()
+    assert apply("div.s32", 2, a, torch.zeros_like(a)).tolist() == [-1] * 64  # anything would do, but a stop
     for name, expected in {"lt.s32": a < b, "ge.u32": (a.long() % UNSIGNED) >= (b.long() % UNSIGNED)}.items():
         out = torch.zeros_like(a)
         run(
@@ -239,6 +240,11 @@ WRONG = {
         "setp.lt.u32 %p1, %r0, 7; @%p1 bra $over; shfl.sync.bfly.b32 %r5, %r0, 1, 31, -1; $over:",
         "only the lanes ffffff80 are here", "%r0, 7", "%r0, 0",
     ),
+    "a shuffle under a guard": (
+        "setp.lt.u32 %p1, %r0, 7; @%p1 shfl.sync.bfly.b32 %r5, %r0, 1, 31, -1;", "only the lanes 0000007f are here",
+        "%r0, 7", "%r0, 64",
+    ),
+    "null": ("ld.global.b32 %r3, [%rd5 + -4];", "read of 4 bytes", "%rd5 + -4", "%rd1 + 0"),
     "nobody arrives": (
         f"{SHARED} setp.eq.b32 %p1, %r0, 0; @%p1 mbarrier.init.shared::cta.b64 [%r9], 1; bar.sync 0; nop.arrive; {WAIT}",
         "every warp waits, and nothing is under way", "nop.arrive;",
@@ -283,6 +289,38 @@ def test_copies_land_when_they_are_waited_for():
     assert out.tolist() == [0] * 64
     run(body.format(groups=1, at=4), out, source)
     assert out.tolist() == [-1] * 64
+    run(body.replace("cp.async.commit_group;", "").format(groups=0, at=4).replace("wait_group 0", "wait_all"), out, source)
+    assert out.tolist() == list(range(1, 256, 4))
+    before = "st.shared.b32 [%r8 + 4], 7;\ncp.async.cg"  # what was there is gone from the copy's beginning on
+    run(body.format(groups=1, at=4).replace("cp.async.cg", before), out, source)
+    assert out.tolist() == [-1] * 64
+
+
+def test_two_warps_meet():
+    """At an mbarrier, twenty times: nobody waits for ever, though both are often seen waiting."""
+    out = torch.zeros(64, dtype=torch.int32)
+    body = f"""
+        {SHARED}
+        setp.eq.b32 %p2, %r0, 0;
+        @%p2 mbarrier.init.shared::cta.b64 [%r9], 2;
+        bar.sync 0;
+        and.b32 %r12, %r0, 31;
+        setp.eq.b32 %p4, %r12, 0;
+        mov.b32 %r13, 0;
+        $turn:
+        and.b32 %r14, %r13, 1;
+        @%p4 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r9], 0;
+        $wait:
+        mbarrier.try_wait.parity.shared::cta.b64 %p5, [%r9], %r14;
+        @!%p5 bra $wait;
+        add.s32 %r13, %r13, 1;
+        setp.lt.s32 %p6, %r13, 20;
+        @%p6 bra $turn;
+        st.global.b32 [%rd1], %r13;
+    """
+    for seed in range(8):
+        run(body, out, seed=seed)
+    assert out.tolist() == [20] * 64
 
 
 @pytest.mark.parametrize(("apart", "sectors"), [(4, 4), (8, 8), (32, 32), (64, 32), (0, 1)])
@@ -310,6 +348,12 @@ def test_what_is_not_known_is_named():
         run("sin.approx.f32 %r3, %r0;", torch.zeros(64))
     with pytest.raises(ValueError, match=r"PTX, line 22: .*an atomic that is not known"):
         run("\n\n\natom.global.gpu.relaxed.max.u32 %r3, [%rd1], %r0;", torch.zeros(64))
+    with pytest.raises(ValueError, match="a barrier that is not known"):
+        run("bar.sync 1, 64;", torch.zeros(64))
+    with pytest.raises(ValueError, match="a mask of lanes that is not -1: 7"):
+        run("shfl.sync.bfly.b32 %r5, %r0, 1, 31, 7;", torch.zeros(64))
+    with pytest.raises(ValueError, match="no label nowhere"):
+        run("bra nowhere;", torch.zeros(64))
     with pytest.raises(ValueError, match="unknown register %q1"):
         run("mov.b32 %r3, %q1;", torch.zeros(64))
     with pytest.raises(ValueError, match=r"LAB_PTX: got 'sm_70', expected one of sm_80, sm_90"):
@@ -375,12 +419,14 @@ PLANTED_BUGS = [
     ("labkit/ptx.cpp", "        program.epoch++;\n", ""),
     ("labkit/ptx.cpp", "bool same = data && program.shared[i] == data[k];", "bool same = true;"),
     ("labkit/ptx.cpp", "if (writer && writer != me) fault(\"programs", "if (false) fault(\"programs"),
-    ("labkit/ptx.cpp", "if (address >= r.begin && address + size <= r.end) return r;", "if (address >= r.begin && address <= r.end) return r;"),
+    ("labkit/ptx.cpp", "address - r.begin <= r.end - r.begin - size) return r;", "address <= r.end) return r;"),
     ("labkit/ptx.cpp", "for (; w.groups.size() > groups_left; w.groups.pop_front()) {", "for (; !w.groups.empty(); w.groups.pop_front()) {"),
     ("labkit/ptx.cpp", "(mode == UP ? from >= limit : from <= limit)", "(from >= limit)"),
     ("labkit/ptx.cpp", "if (f.lanes) merged[f.at] |= f.lanes;", "if (f.lanes) merged[f.at] = f.lanes;"),
     ("labkit/ptx.cpp", "return x != x ? 0x7fff : (b + 0x7fff + (b >> 16 & 1)) >> 16;", "return x != x ? 0x7fff : b >> 16;"),
-    ("labkit/ptx.cpp", "if (i.whole_warp && now.lanes != ALL_LANES)", "if (false)"),
+    ("labkit/ptx.cpp", "if (i.whole_warp && here && here != ALL_LANES)", "if (i.whole_warp && now.lanes != ALL_LANES)"),
+    ("labkit/ptx.cpp", "memset(&w.program->shared[to - SHARED_BASE], 0xff, size);  // until it lands", ""),
+    ("labkit/ptx.cpp", "        w.program->idle = 0;\n", ""),
     ("labkit/ptx.cpp", "f32(y + 0x1p-22 * noise(bits<u32>(x)))", "y"),
     ("labkit/ptx.cpp", "b.bytes += i.numbers[0], b.pending--;", "b.bytes += i.numbers[0] + 1, b.pending--;"),
     ("labkit/ptx.cpp", "for (u32 w : words) per_bank[w % 32]++;", "for (u32 w : words) per_bank[w % 16]++;"),
@@ -390,5 +436,4 @@ PLANTED_BUGS = [
     ("labkit/ptx.py", "aligned = -(-scratch.data_ptr() // 128) * 128", "aligned = -(-scratch.data_ptr() // 128) * 128 + 64"),
     # what the interpreter never runs
     ("kernels/distillation.py", "return libdevice.fast_log2f(x)", "return x"),
-    ("kernels/flash_decoding.py", "if tl.atomic_add(arrived, 1, sem=\"acq_rel\", scope=\"gpu\") == num_splits - 1:", "if tl.atomic_add(arrived, 1, sem=\"acq_rel\", scope=\"gpu\") == 0:"),
 ]
