@@ -2,7 +2,7 @@
 #   make          build the book           make test      prove it
 #   make lab      JupyterLab               make chapters  run all notebooks and store their outputs
 #   make record   measure on this GPU      make tune      measure the trials of block sizes on it
-#   make compiled  run what the kernels compile to, without a GPU
+#   make compiled run what the kernels compile to, on the CPU
 #   make experiments, make train: the long CPU runs
 # TORCH_INDEX=<url> takes torch from another wheel index, PYTHON=<python> another interpreter.
 

@@ -118,7 +118,6 @@ struct TmaLoad {
 struct Mbarrier {
     u32 count, pending, phase;
     s64 bytes;  // announced and not yet there
-    bool valid;
 
     void settle() {
         if (pending == 0 && bytes == 0) phase ^= 1, pending = count;
@@ -396,14 +395,14 @@ void load_parameter(Warp& w, const Instruction& i, u32 lanes) {
 
 // cp.async: rows to, from, [bytes to read, the rest is zero]; numbers size, offsets. It lands when it is waited for.
 void copy_async(Warp& w, const Instruction& i, u32 lanes) {
-    u32 reading = lanes;
-    for (int lane = 0; i.rows.size() > 2 && lane < 32; lane++)
-        if (!u32(w.row(i.rows[2])[lane])) reading &= ~(1u << lane);
+    auto size_read = [&](int lane) { return i.rows.size() > 2 ? u32(w.row(i.rows[2])[lane]) : u32(i.numbers[0]); };
+    u32 reading = 0;
+    each(lanes, [&](int lane) { reading |= u32(size_read(lane) > 0) << lane; });
     count_access<false>(w, i, i.rows[1], i.numbers[2], reading, i.numbers[0]);
     count_access<true>(w, i, i.rows[0], i.numbers[1], lanes, i.numbers[0]);
     each(lanes, [&](int lane) {
         u32 size = i.numbers[0], to = u32(w.row(i.rows[0])[lane] + i.numbers[1]);
-        u32 from_size = i.rows.size() > 2 ? u32(w.row(i.rows[2])[lane]) : size;
+        u32 from_size = size_read(lane);
         u64 from = w.row(i.rows[1])[lane] + i.numbers[2];
         if (from_size) {
             if (from % size) fault("cp.async of %u bytes from a misaligned address", size);
@@ -484,7 +483,7 @@ void elect(Warp& w, const Instruction& i, u32) {  // rows lane or "_", predicate
 // Numbers count, transposed, offset.
 void load_matrix(Warp& w, const Instruction& i, u32) {
     int count = i.numbers[0];
-    count_access<true>(w, i, i.rows[count], i.numbers[2], count == 4 ? ALL_LANES : (1u << 8 * count) - 1, 16);
+    count_access<true>(w, i, i.rows[count], i.numbers[2], ALL_LANES >> (32 - 8 * count), 16);
     u64* address = w.row(i.rows[count]);
     u16 tile[4][8][8];
     for (int k = 0; k < 8 * count; k++)
@@ -498,7 +497,7 @@ void load_matrix(Warp& w, const Instruction& i, u32) {
 }
 void store_matrix(Warp& w, const Instruction& i, u32) {
     int count = i.numbers[0];
-    count_access<true>(w, i, i.rows[0], i.numbers[2], count == 4 ? ALL_LANES : (1u << 8 * count) - 1, 16);
+    count_access<true>(w, i, i.rows[0], i.numbers[2], ALL_LANES >> (32 - 8 * count), 16);
     u64* address = w.row(i.rows[0]);
     u16 tile[4][8][8];
     for (int k = 0; k < count; k++)
@@ -683,6 +682,11 @@ void tma_load(Warp& w, const Instruction& i, u32 lanes) {  // rows to, map, coor
     }
     w.program->tma.push_back(job);
 }
+Mbarrier& mbarrier_at(Program& program, u64 address) {
+    auto found = program.mbarriers.find(u32(address));
+    if (found == program.mbarriers.end()) fault("no mbarrier at %u", u32(address));
+    return found->second;
+}
 void run_tma(Program& program, const TmaLoad& job) {
     TensorMap map;
     memcpy(&map, (void*)job.map, sizeof map);
@@ -706,32 +710,30 @@ void run_tma(Program& program, const TmaLoad& job) {
         }
         if (program.launch->watch_races) std::fill_n(&program.writes[to - SHARED_BASE], size, 0);  // the mbarrier orders
     }
-    auto found = program.mbarriers.find(job.barrier);
-    if (found == program.mbarriers.end() || !found->second.valid) fault("TMA: no mbarrier there");
-    found->second.bytes -= map.box_elements() * size;
-    found->second.settle();
+    Mbarrier& barrier = mbarrier_at(program, job.barrier);
+    barrier.bytes -= map.box_elements() * size;
+    barrier.settle();
 }
 
-Mbarrier& mbarrier_at(Warp& w, u64 address) {
-    auto found = w.program->mbarriers.find(u32(address));
-    if (found == w.program->mbarriers.end() || !found->second.valid) fault("no mbarrier at %u", u32(address));
-    return found->second;
-}
 void mbarrier_init(Warp& w, const Instruction& i, u32 lanes) {
     u32 count = i.numbers[0];
     each(lanes, [&](int lane) {
         u32 address = u32(w.row(i.rows[0])[lane]);
         u64 nothing_yet = 0;
         write_shared(w, address, &nothing_yet, 8);
-        w.program->mbarriers[address] = {count, count, 0, 0, true};
+        w.program->mbarriers[address] = {count, count, 0, 0};
     });
 }
 void mbarrier_invalidate(Warp& w, const Instruction& i, u32 lanes) {
-    each(lanes, [&](int lane) { mbarrier_at(w, w.row(i.rows[0])[lane]).valid = false; });
+    each(lanes, [&](int lane) {
+        u64 address = w.row(i.rows[0])[lane];
+        mbarrier_at(*w.program, address);  // there has to be one
+        w.program->mbarriers.erase(u32(address));
+    });
 }
 void mbarrier_expect(Warp& w, const Instruction& i, u32 lanes) {  // one arrival, which announces bytes
     each(lanes, [&](int lane) {
-        Mbarrier& b = mbarrier_at(w, w.row(i.rows[0])[lane]);
+        Mbarrier& b = mbarrier_at(*w.program, w.row(i.rows[0])[lane]);
         if (b.pending == 0) fault("mbarrier: one arrival too many");
         b.bytes += i.numbers[0], b.pending--;
         b.settle();
@@ -740,7 +742,7 @@ void mbarrier_expect(Warp& w, const Instruction& i, u32 lanes) {  // one arrival
 }
 void mbarrier_try_wait(Warp& w, const Instruction& i, u32 lanes) {  // rows complete, mbarrier, parity of the phase
     each(lanes, [&](int lane) {
-        bool complete = mbarrier_at(w, w.row(i.rows[1])[lane]).phase != (w.row(i.rows[2])[lane] & 1);
+        bool complete = mbarrier_at(*w.program, w.row(i.rows[1])[lane]).phase != (w.row(i.rows[2])[lane] & 1);
         w.row(i.rows[0])[lane] = complete;
         w.polling |= !complete;
     });

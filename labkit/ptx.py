@@ -40,6 +40,7 @@ ORDERING = ("wgmma.fence", "fence.", "bar.warp.sync", "cp.async.bulk.commit_grou
 TMA_LOAD = r"cp\.async\.bulk\.tensor\.\dd\.shared::(cta|cluster)\.global\.mbarrier::complete_tx::bytes"
 COUNTS = ("warps", "bytes", "sectors", "wavefronts", "least")  # ptx.cpp says what they are
 ERROR_SIZE = 1000
+RESIDENT = 4  # programs that run at the same time under `emulate`
 
 
 def compiler() -> str | None:
@@ -441,24 +442,23 @@ def _arguments(text):
     return [*found, text[start:].strip()] if text.strip() else []
 
 
-def emulate(target: str, *, seed: int = 0, resident: int = 4, races: bool = True) -> None:
+def emulate(target: str) -> None:
     """From now on this process compiles every kernel for `target` and runs its PTX on the CPU, on CPU tensors.
 
-    `kernels` calls it for LAB_PTX. target: "sm_80" or "sm_90"; the rest as for `Kernel.launch`.
-    Raises ValueError for another target.
+    `kernels` calls it for LAB_PTX. target: "sm_80" or "sm_90". Raises ValueError for another one.
     """
     if target not in TARGETS:
         raise ValueError(f"LAB_PTX: got {target!r}, expected one of {', '.join(TARGETS)}")
     os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "_build" / "triton"))
     from labkit import codegen
 
-    seeds = itertools.count(seed)
+    seeds = itertools.count()  # every launch has an order of its own, the same in every run
 
     def run(kernel, arguments, grid):
         if kernel.hash not in _read:
             _read[kernel.hash] = (kernel.src.fn.fn.__name__, Kernel(kernel.asm["ptx"]))
         if 0 not in grid:
-            _launch(_read[kernel.hash][1], kernel, arguments, grid, seed=next(seeds), resident=resident, races=races)
+            _launch(_read[kernel.hash][1], kernel, arguments, grid, next(seeds))
 
     codegen.stand_in(codegen.ALL_TARGETS[target], run)
 
@@ -476,7 +476,7 @@ def traffic() -> dict[str, dict]:
     return totals
 
 
-def _launch(code, kernel, arguments, grid, **how):
+def _launch(code, kernel, arguments, grid, seed):
     """Hand over what Triton's own launcher would: what is not compiled in, scratch memory, and a null pointer."""
     import torch
 
@@ -487,6 +487,6 @@ def _launch(code, kernel, arguments, grid, **how):
     values += [aligned, 0][: len(code.parameters) - len(values)]
     ranges = _merged(_extent(x) for x in [*given, scratch] if torch.is_tensor(x))
     try:
-        code.launch(grid, values, ranges, kernel.metadata.shared, **how)
+        code.launch(grid, values, ranges, kernel.metadata.shared, seed=seed, resident=RESIDENT)
     except RuntimeError as e:
         raise RuntimeError(f"{kernel.src.fn.fn.__name__}: {e}") from None
