@@ -1,8 +1,9 @@
-"""`python -m kernels record | tune | codegen | experiments`: the one program that imports both kernels and labkit.
+"""`python -m kernels record | tune | metal | codegen | experiments`: the one program that imports kernels and labkit.
 
-record [topic ...]        measure every case on this GPU into labkit/results/<gpu>/, in at most 8 minutes
+record [topic ...]        measure every case on this GPU into labkit/results/<gpu>/, in at most 8 minutes (--seconds)
 record --dry [topic ...]  go through every case for correctness, on tiny sizes, anywhere; writes nothing
 tune [--dry]              compile all trials (labkit/trials.py) for the H200 and, on a GPU, measure them; --dry as above
+metal [stage ...]         all that needs a GPU, in one go: tests, record, tune, notebooks, sanitizer (labkit/metal.py)
 codegen [topic ...]       compile every kernel ahead of time and judge what the compiler made of it
 codegen --table           write labkit/results/compiled.json: one call of every kernel, for seven GPUs
 experiments [name ...]    run the long CPU experiments into labkit/results/cpu/
@@ -12,6 +13,8 @@ import argparse
 import importlib
 import importlib.util
 import json
+import multiprocessing
+import os
 import pkgutil
 import signal
 import sys
@@ -19,11 +22,12 @@ import time
 from dataclasses import replace
 
 import kernels
-from labkit import bench, codegen, record, trials, what_runs
+from labkit import bench, codegen, metal, record, trials, what_runs
 from labkit.comparison import Comparison
 
 SECONDS = 470.0
 RESERVE = 10.0  # for the last copy and the tables
+COMPILERS = 8  # processes; each has the GPU open and one case's inputs on it
 
 
 def topics(declares: str) -> dict:
@@ -68,11 +72,36 @@ class TimeIsUp(BaseException):
     """The run must end now. Not an Exception: `measure` takes those for a provider's own."""
 
 
-class Recording:
-    """One run: the limits first, then the cases, each case saved when it is done, the copy once more at the end."""
+class GpuLost(Exception):
+    """A kernel left the GPU in a state in which this process can't use it any more."""
 
-    def __init__(self, names, machine, seconds):
+
+def compile_ahead(jobs, seconds) -> None:
+    """Run `warm` for all jobs, (topic, number), in processes beside each other: Triton compiles on one core only."""
+    start = time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(min(COMPILERS, os.cpu_count())) as pool:  # its end ends them
+        done = pool.starmap_async(warm, jobs, chunksize=1)
+        done.wait(seconds)
+    all_or_not = "" if done.ready() else ", not all of it: the rest is compiled when it is met"
+    print(f"Compiled ahead in {time.monotonic() - start:.0f} s{all_or_not}", flush=True)
+
+
+def warm(topic, number) -> None:
+    """Call the kernels of a case, or of a trial (topic "trials"), once."""
+    case = trials.bench_case(trials.TRIALS[number]) if topic == "trials" else bench.topic_cases(topic)[number]
+    topic = trials.TRIALS[number].topic if topic == "trials" else topic
+    bench.warm(topic, case, ops(topic), kernels.DEVICE)
+
+
+class Recording:
+    """One run: the limits first, then the cases, each case saved when it is done, the copy once more at the end.
+
+    begun counts the cases that were begun, or left for the end: a run that lost its GPU goes on behind them.
+    """
+
+    def __init__(self, names, machine, seconds, skip=0):
         self.machine, self.end = machine, time.monotonic() + seconds - RESERVE
+        self.begun, self.measured, self.skip = 0, 0, skip
         self.cases = {topic: bench.topic_cases(topic) for topic in names}
         self.folder = record.RESULTS / record.slug(machine.shared["device"])
         self.ceilings = bench.measure_ceilings("", machine)
@@ -86,8 +115,11 @@ class Recording:
         start = time.monotonic()
         rows = bench.measure(topic, case, ops(topic), self.machine)
         self.save(topic, self.ceilings + rows)
+        self.measured += 1
         ran = sum(row.ran for row in rows)
         print(f"{topic}: {case.name}: {ran} of {len(rows)} timed, {time.monotonic() - start:.1f} s", flush=True)
+        if why := bench.lost(self.machine):
+            raise GpuLost(f"{topic}: {case.name}: {why}")
 
     def run(self):
         """Every section gets its share of the time that is left; what it had to skip is tried again at the end."""
@@ -101,6 +133,9 @@ class Recording:
             until = now + (self.end - now) * len(cases) / left
             left -= len(cases)
             for case in cases:
+                self.begun += 1
+                if self.begun <= self.skip:
+                    continue
                 if time.monotonic() < until:
                     self.measure(topic, case)
                 else:
@@ -119,31 +154,47 @@ class Recording:
         for topic, cases in self.cases.items():
             rows = record.find(topic, self.machine.shared["device"])
             print(f"\n== {topic}\n{Comparison(topic, cases, rows, bench.hashes(cases, ops(topic)))}")
+        print(f"\n{self.measured} of {self.begun} cases measured on {self.machine.shared['device']}")
 
 
-def record_topics(names, seconds=SECONDS) -> int:
-    """Measure the topics on this GPU within `seconds`. 1 if there is no usable GPU."""
+def record_topics(names, seconds=SECONDS, skip=0) -> int:
+    """Measure the topics on this GPU within `seconds`, without the first `skip` cases. 1 if there is no usable GPU."""
     machine = bench.this_gpu()
     if machine is None:
         print("No usable GPU here: nothing was measured. `make record DRY=1` checks every case without one.")
         return 1
+
+    end = time.monotonic() + seconds
 
     def stop(*_):
         raise TimeIsUp
 
     signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
-    recording = None
+    recording, lost = None, False
     try:
-        recording = Recording(names, machine, seconds)
+        if not skip:
+            compile_ahead([(t, i) for t in names for i in range(len(bench.topic_cases(t)))], seconds / 3)
+        recording = Recording(names, machine, end - time.monotonic(), skip)
         recording.run()
     except TimeIsUp:
         print(f"STOPPED after {seconds:.0f} s in the middle of a case; all finished cases are saved.")
+    except GpuLost as error:
+        print(f"LOST the GPU: {error}\nA new process goes on with the next case.", flush=True)
+        lost = True
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+    if lost:
+        return begin_again(names, end - time.monotonic(), recording.begun)
     if recording:
         recording.tables()
     return 0
+
+
+def begin_again(names, seconds, skip) -> int:
+    """Let a new process record what is left: an illegal access spoils a process, not the GPU."""
+    arguments = ["record", *names, "--seconds", f"{max(seconds, 1):.0f}", "--skip", str(skip)]
+    os.execv(sys.executable, [sys.executable, "-m", "kernels", *arguments])
 
 
 def tune(dry) -> int:
@@ -151,9 +202,12 @@ def tune(dry) -> int:
     machine = check_only() if dry else bench.this_gpu()
     rows, path, names = [], None, [trial.name for trial in trials.TRIALS]
     if not dry:
-        compiled = trials.compile_trials()
-        trials.save(compiled)
+        compiled = trials.load()
+        if not machine or trials.Log(compiled, []).stale:  # a GPU's minutes are for measuring
+            compiled = trials.compile_trials()
+            trials.save(compiled)
     if machine and not dry:
+        compile_ahead([("trials", i) for i in range(len(names))], SECONDS / 3)
         path = record.RESULTS / record.slug(machine.shared["device"]) / "trials.json"
         rows = bench.measure_ceilings("trials", machine)
     for trial in trials.TRIALS if machine else ():
@@ -162,7 +216,8 @@ def tune(dry) -> int:
             record.add(rows, path, names)
         print(f"{trial.name}: " + "; ".join(f"{row.provider} {row.verdict}" for row in rows[-2:]), flush=True)
     if not dry:
-        print(trials.Log(compiled, rows))
+        log = trials.Log(compiled, rows)
+        print(log, "; ".join(f"{n} {word}" for word, n in log.tally().items()), sep="\n")
     return int(any(not row.verdict.startswith("ok") for row in rows if row.case != record.CEILING))
 
 
@@ -223,19 +278,23 @@ def run_experiments(wanted) -> int:
 
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser("kernels", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("command", choices=("record", "tune", "codegen", "experiments"))
+    parser.add_argument("command", choices=("record", "tune", "metal", "codegen", "experiments"))
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--dry", action="store_true", help="with record and tune: check, do not measure")
+    parser.add_argument("--dry", action="store_true", help="with record, tune and metal: check, do not measure")
+    parser.add_argument("--seconds", type=float, help="with record and metal: how long it may take")
+    parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--table", action="store_true", help="with codegen: write the table of the book")
     options = parser.parse_intermixed_args(arguments)
     if options.command == "experiments":
         return run_experiments(options.names)
     if options.command == "tune":
         return tune(options.dry)
+    if options.command == "metal":
+        return metal.run(chosen(metal.STAGES, options.names), options.seconds or metal.SECONDS, options.dry)
     names = chosen(topics("cases" if options.command == "record" else "codegen_cases"), options.names)
     if options.command == "codegen":
         return table() if options.table else compile_topics(names)
-    return dry(names) if options.dry else record_topics(names)
+    return dry(names) if options.dry else record_topics(names, options.seconds or SECONDS, options.skip)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,23 @@ if isinstance(tl.cdiv, triton.runtime.JITFunction) == INTERPRETED:
         "Import `kernels` first, before torch.compile or triton, or set TRITON_INTERPRET in the environment."
     )
 
+
+def _scalars_are_numbers():
+    """Triton 3.6's interpreter asks numpy for the number in an array of one element, which numpy 2.4 no longer gives."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, *scope):
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patched
+
+
+if INTERPRETED and triton.__version__.startswith("3.6."):
+    _scalars_are_numbers()
+
 INTERPRET = tl.constexpr(INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

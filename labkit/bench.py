@@ -94,6 +94,16 @@ def this_gpu() -> Machine | None:
     return Machine("cuda", stamp(torch.cuda.get_device_name(), driver), timing.gpu_timer)
 
 
+def lost(machine: Machine) -> str:
+    """Why this process can't use its GPU any more (an illegal access of a kernel, say), "" while it can."""
+    try:
+        if machine.device == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[0]
+    return ""
+
+
 def topic_module(topic):
     """The module labkit.<topic>."""
     return importlib.import_module(f"labkit.{topic}")
@@ -201,6 +211,15 @@ def measure(topic, case, ops, machine: Machine) -> list[Row]:
     for name, us in samples.items():
         rows[name] = replace(rows[name], ran=True, us=[round(x, 3) for x in us])
     return list(rows.values())
+
+
+def warm(topic, case, ops, device) -> None:
+    """Call every kernel of a case once, at full size: what Triton compiles for it is on disk when `measure` comes."""
+    inputs = case.make(torch.Generator(device).manual_seed(SEED), device)
+    for prepare, digest in providers(case, ops).values():
+        if digest:
+            with contextlib.suppress(Exception):  # `measure` meets it again, and says it
+                prepare(**inputs)()
 
 
 def _reason(error: Exception) -> str:

@@ -7,8 +7,10 @@ import re
 import pytest
 import torch
 
+import kernels
 import labkit.exercises
-from labkit.exercises import Exercise, exercise, expect
+from labkit import ptx
+from labkit.exercises import Exercise, exercise, expect, kernel_exercise
 from labkit.notebooks import CHAPTERS, MAX_LINES, read
 
 TOPICS = [module.name for module in pkgutil.iter_modules(labkit.exercises.__path__)]
@@ -60,7 +62,7 @@ def test_no_case_is_idle(ex):
 @pytest.mark.parametrize("topic", TOPICS)
 def test_notebook_has_the_stub_and_the_solution(topic):
     """The chapter's cells tagged `exercise` are the stubs with their check, each with its solution behind a fold."""
-    paths = list(CHAPTERS.glob(f"[0-9][0-9]_{topic}.ipynb"))
+    paths = [path for path in CHAPTERS.glob(f"*{topic}.ipynb") if path.stem.lstrip("0123456789_") == topic]
     assert paths, f"no chapter {topic}"
     code = [cell for cell in read(paths[0]).cells if cell.cell_type == "code"]
     cells = [cell.source for cell in code if "exercise" in cell.metadata.get("tags", [])]
@@ -101,6 +103,32 @@ def test_report(capsys):
         successor.edited("x + 3", "")
     with pytest.raises(ValueError, match="two cases"):
         successor.case("of one")(None)
+
+
+@kernel_exercise(hints=["Stop at n."], bugs=[("2 * x, mask=offs < n", "2 * x, mask=offs < n + 1", "one too many")])
+def twice(x_ptr, n, BLOCK: "tl.constexpr"):
+    """x = 2 x, for n numbers."""
+    offs = tl.arange(0, BLOCK)
+    # >>> your code
+    x = tl.load(x_ptr + offs, mask=offs < n + 1)
+    tl.store(x_ptr + offs, 2 * x, mask=offs < n)
+    # <<< your code
+
+
+@twice.case("four numbers")
+def _four(fn):
+    x = torch.arange(5.0, device=kernels.DEVICE)
+    fn[(1,)](x, 4, BLOCK=8)
+    expect(x, torch.tensor([0.0, 2.0, 4.0, 6.0, 4.0]), "x")
+
+
+def test_kernel_exercise(capsys, monkeypatch):
+    monkeypatch.setattr(ptx, "compiler", lambda: None)  # the exercises of the chapters run compiled
+    assert twice.stub.startswith("@triton.jit\ndef twice(x_ptr, n, BLOCK: tl.constexpr):")
+    twice.check(twice.compiled(twice.stub))
+    assert capsys.readouterr().out.startswith("twice: not written yet. 1 case is waiting.")
+    assert twice.failures(twice.compiled(twice.solution.code)) == {}
+    assert "got 8, expected 4" in twice.failures(twice.edited(*twice.bugs[0][:2]))["four numbers"]
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,18 @@ An exercise is its solution: a function in `labkit/exercises/<topic>.py` between
 
 Each bug is an edit of the solution's text. tests/test_exercises.py proves that the stub fails politely, the solution
 passes, and every bug is caught, and that the notebook's cell is the stub.
+
+`kernel_exercise` is the same for a Triton kernel. Its cases launch it: fn[grid](...). They run it as kernels run here,
+and then once more as compiled code, which shows what the interpreter can't: accesses out of bounds, and races.
 """
 
 import inspect
+import json
+import linecache
 import math
 import textwrap
 
+from labkit import ptx, trace
 from labkit.show import Source
 
 START, STOP = "# >>> your code", "# <<< your code"
@@ -109,9 +115,58 @@ class Exercise:
         return namespace[self.name]
 
 
+class KernelExercise(Exercise):
+    """An exercise whose solution is a Triton kernel.
+
+    It stands in its file without `@triton.jit`, and with "tl.constexpr" in quotes, so that the file needs no Triton.
+    """
+
+    def __init__(self, fn, hints, bugs):
+        super().__init__(fn, hints, bugs)
+        self.source = "@triton.jit\n" + self.source.replace('"tl.constexpr"', "tl.constexpr")
+
+    def failures(self, fn):
+        """As `Exercise.failures`; what passes here is compiled for an H200, and that code is run on the CPU."""
+        text = textwrap.dedent(inspect.getsource(getattr(fn, "fn", fn)))
+        if "raise NotImplementedError" in text:
+            return dict.fromkeys(self.cases, "not written yet")
+        found = super().failures(fn)
+        if not found and trace.interpreted() and ptx.compiler():
+            found = {title: f"compiled for an H200: {why}" for title, why in self._compiled_failures(text).items()}
+        return found
+
+    def _compiled_failures(self, text):
+        from labkit.what_runs import run_script
+
+        script = f"import kernels\nimport json, torch, triton, triton.language as tl\n\n{text}\n\n"
+        script += f"from {self.fn.__module__} import {self.name} as exercise\n"
+        script += f"print(json.dumps(exercise.failures({self.name})))"
+        printed = run_script(script, "ptx")
+        try:
+            return json.loads(printed.splitlines()[-1])
+        except (ValueError, IndexError):  # not even the launch: the last line of the error
+            return dict.fromkeys(self.cases, printed)
+
+    def compiled(self, source):
+        """The kernel that `source` defines. Triton reads a kernel's text: the module linecache lends it a file."""
+        import triton
+        import triton.language as tl
+
+        file = f"<{self.name} {hash(source):x}>"
+        linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+        namespace = {**vars(inspect.getmodule(self.fn)), "triton": triton, "tl": tl}
+        exec(compile(source, file, "exec"), namespace)
+        return namespace[self.name]
+
+
 def exercise(*, hints, bugs):
     """Decorator that turns a solution into an `Exercise`."""
     return lambda fn: Exercise(fn, hints, bugs)
+
+
+def kernel_exercise(*, hints, bugs):
+    """Decorator that turns the body of a Triton kernel into a `KernelExercise`."""
+    return lambda fn: KernelExercise(fn, hints, bugs)
 
 
 def expect(got, want, what="result", *, atol=1e-5, rtol=1e-5):

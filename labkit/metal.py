@@ -1,0 +1,108 @@
+"""All that needs a GPU, in one command: `python -m kernels metal`, or `make metal`.
+
+Each stage is a process of its own with a limit of time, so one that hangs or dies costs no other. They come in the
+order of what is hardest to have otherwise: are the kernels right, how fast are they, what do the trials say, do the
+notebooks run, does NVIDIA's compute-sanitizer find something. What came of them is kept beside the measurements, in
+`results/<gpu>/metal.json`, and shown on the page "Results". A stage is also a command that can be run alone.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+from labkit import bench, record
+from labkit.provenance import ROOT
+
+SECONDS = 1500.0
+LEAST = 20.0  # a stage is not begun with less
+JOBS = str(max(2, (os.cpu_count() or 2) // 2))
+PYTEST = ("-m", "pytest", "-q", "--on-device", "-o", "faulthandler_timeout=60", "-o", "faulthandler_exit_on_timeout=true")
+SAMPLE = ("--every", "12")  # under compute-sanitizer all tests would take hours
+
+
+@dataclass(frozen=True)
+class Stage:
+    """arguments: of Python. seconds: what it may take. tool: a program to run it under. needs: a module that it needs."""
+
+    arguments: tuple[str, ...]
+    seconds: float
+    tool: tuple[str, ...] = ()
+    needs: str = ""
+    dry: tuple[str, ...] | None = None  # arguments of a rehearsal without a GPU; None: there is none
+
+    def missing(self) -> str:
+        """Why it can't run here, "" if it can."""
+        if self.tool and not shutil.which(self.tool[0]):
+            return f"{self.tool[0]} is missing"
+        found = subprocess.run([sys.executable, "-c", f"import {self.needs or 'sys'}"], capture_output=True)
+        return "" if found.returncode == 0 else f"the package {self.needs} is missing"
+
+
+def _sanitizer(tool):
+    return ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1")
+
+
+STAGES = {
+    "tests": Stage((*PYTEST, "-n", JOBS), 180, needs="xdist", dry=(*PYTEST, "-n", JOBS, *SAMPLE)),
+    "record": Stage(("-m", "kernels", "record"), 490, dry=("-m", "kernels", "record", "--dry")),
+    "tune": Stage(("-m", "kernels", "tune"), 180, dry=("-m", "kernels", "tune", "--dry")),
+    "notebooks": Stage(("-m", "labkit.notebooks", "test", "-n", JOBS), 300, needs="nbval"),
+    "memcheck": Stage((*PYTEST, *SAMPLE), 300, _sanitizer("memcheck")),
+    "racecheck": Stage((*PYTEST, *SAMPLE), 300, _sanitizer("racecheck")),
+}
+
+
+def run(names, seconds=SECONDS, dry=False) -> int:
+    """Run the stages with these names within `seconds`. 1 if one failed, or if there is no usable GPU.
+
+    dry: their rehearsal on small sizes, anywhere; nothing is written.
+    """
+    machine = bench.this_gpu()
+    if machine is None and not dry:
+        print("No usable GPU here: nothing was run. `make metal DRY=1` rehearses it without one.")
+        return 1
+    end, rows = time.monotonic() + seconds, []
+    for name in names:
+        left = end - time.monotonic()
+        verdict = run_stage(STAGES[name], left, dry)
+        print(f"== {name}: {verdict}\n", flush=True)
+        rows.append((name, verdict))
+        if not dry:
+            row = record.Row("metal", name, " ".join(STAGES[name].arguments), False, [], 0, None, verdict, "",
+                             **machine.shared, source_hash="")  # fmt: skip
+            record.add([row], record.RESULTS / record.slug(machine.shared["device"]) / "metal.json", STAGES)
+    print("\n".join(f"{name:10} {verdict}" for name, verdict in rows))
+    return int(any(verdict.startswith("failed") for _, verdict in rows))
+
+
+def run_stage(stage, left, dry=False) -> str:
+    """Run one stage; its output is shown as it comes. "ok: ...", "failed: ...", or "not run: " and why."""
+    arguments = stage.dry if dry else stage.arguments
+    if arguments is None:
+        return "not run: it has no rehearsal"
+    if left < LEAST:
+        return "not run: the time was spent"
+    if why := ("" if dry else stage.missing()):
+        return f"not run: {why}"
+    limit = min(stage.seconds, left)
+    arguments = [*arguments, "--seconds", f"{limit - LEAST / 2:.0f}"] if arguments[-1] == "record" else [*arguments]
+    command = [*(() if dry else stage.tool), sys.executable, *arguments]
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if stage.tool else {})
+    start, last = time.monotonic(), ""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    alarm = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))  # with all that it started
+    alarm.start()
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        last = line.strip("= \n") or last
+    code, took = process.wait(), time.monotonic() - start
+    alarm.cancel()
+    stopped = ", stopped: its time was spent" if code == -signal.SIGKILL else ""
+    return f"{'failed' if code else 'ok'}: {last[:160]} ({took:.0f} s{stopped})"
