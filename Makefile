@@ -2,6 +2,7 @@
 #   make          build the book           make test      prove it
 #   make lab      JupyterLab               make chapters  run all notebooks and store their outputs
 #   make record   measure on this GPU      make tune      measure the trials of block sizes on it
+#   make metal    all that needs a GPU: its tests, record, tune, notebooks, sanitizer
 #   make compiled run what the kernels compile to, on the CPU
 #   make experiments, make train: the long CPU runs
 # TORCH_INDEX=<url> takes torch from another wheel index, PYTHON=<python> another interpreter.
@@ -13,7 +14,7 @@ NOTEBOOK_ENV := OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AV
 JOBS ?= 2
 
 .DEFAULT_GOAL := book
-.PHONY: book test lab chapters record tune experiments train table bugs compiled sanitize lint clean
+.PHONY: book test lab chapters record tune metal experiments train table bugs compiled sanitize lint clean
 
 book: .venv/ready
 	.venv/bin/jupyter-book build . --path-output . -W -n --keep-going -q
@@ -35,13 +36,17 @@ record: .venv/ready
 tune: .venv/ready
 	$(PY) -m kernels tune $(if $(DRY),--dry)
 
+# Stages of labkit/metal.py one after the other; STAGES="tests record" for some, SECONDS=590 for all of them together.
+metal: .venv/ready-test
+	$(PY) -m kernels metal $(STAGES) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(DRY),--dry)
+
 experiments: .venv/ready
 	$(PY) -m kernels experiments $(NAME)
 
 train: .venv/ready
 	$(PY) -m labkit.train
 
-# What runs where: compiles one call of every kernel for seven GPUs. Minutes; then run the page again.
+# What runs where: compiles one call of every kernel for eight GPUs. Minutes; then run the page again.
 table: .venv/ready
 	$(PY) -m kernels codegen --table
 	$(PY) -m labkit.notebooks run chapters/what_runs_where.ipynb

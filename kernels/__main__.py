@@ -5,7 +5,7 @@ record --dry [topic ...]  go through every case for correctness, on tiny sizes, 
 tune [--dry]              compile all trials (labkit/trials.py) for the H200 and, on a GPU, measure them; --dry as above
 metal [stage ...]         all that needs a GPU, in one go: tests, record, tune, notebooks, sanitizer (labkit/metal.py)
 codegen [topic ...]       compile every kernel ahead of time and judge what the compiler made of it
-codegen --table           write labkit/results/compiled.json: one call of every kernel, for seven GPUs
+codegen --table           write labkit/results/compiled.json: one call of every kernel, for eight GPUs
 experiments [name ...]    run the long CPU experiments into labkit/results/cpu/
 """
 
@@ -13,7 +13,6 @@ import argparse
 import importlib
 import importlib.util
 import json
-import multiprocessing
 import os
 import pkgutil
 import signal
@@ -23,11 +22,11 @@ from dataclasses import replace
 
 import kernels
 from labkit import bench, codegen, metal, record, trials, what_runs
+from labkit.ahead import compile_ahead
 from labkit.comparison import Comparison
 
 SECONDS = 470.0
 RESERVE = 10.0  # for the last copy and the tables
-COMPILERS = 8  # processes; each has the GPU open and one case's inputs on it
 
 
 def topics(declares: str) -> dict:
@@ -74,23 +73,6 @@ class TimeIsUp(BaseException):
 
 class GpuLost(Exception):
     """A kernel left the GPU in a state in which this process can't use it any more."""
-
-
-def compile_ahead(jobs, seconds) -> None:
-    """Run `warm` for all jobs, (topic, number), in processes beside each other: Triton compiles on one core only."""
-    start = time.monotonic()
-    with multiprocessing.get_context("spawn").Pool(min(COMPILERS, os.cpu_count())) as pool:  # its end ends them
-        done = pool.starmap_async(warm, jobs, chunksize=1)
-        done.wait(seconds)
-    all_or_not = "" if done.ready() else ", not all of it: the rest is compiled when it is met"
-    print(f"Compiled ahead in {time.monotonic() - start:.0f} s{all_or_not}", flush=True)
-
-
-def warm(topic, number) -> None:
-    """Call the kernels of a case, or of a trial (topic "trials"), once."""
-    case = trials.bench_case(trials.TRIALS[number]) if topic == "trials" else bench.topic_cases(topic)[number]
-    topic = trials.TRIALS[number].topic if topic == "trials" else topic
-    bench.warm(topic, case, ops(topic), kernels.DEVICE)
 
 
 class Recording:
@@ -154,7 +136,7 @@ class Recording:
         for topic, cases in self.cases.items():
             rows = record.find(topic, self.machine.shared["device"])
             print(f"\n== {topic}\n{Comparison(topic, cases, rows, bench.hashes(cases, ops(topic)))}")
-        print(f"\n{self.measured} of {self.begun} cases measured on {self.machine.shared['device']}")
+        print(f"\n{self.measured} of {self.begun - self.skip} cases measured on {self.machine.shared['device']}")
 
 
 def record_topics(names, seconds=SECONDS, skip=0) -> int:
@@ -170,7 +152,7 @@ def record_topics(names, seconds=SECONDS, skip=0) -> int:
         raise TimeIsUp
 
     signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5.0)  # again, should one be raised where nobody hears it
     recording, lost = None, False
     try:
         if not skip:

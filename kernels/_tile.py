@@ -6,6 +6,7 @@ stores them. So kernels upcast to fp32 before any arithmetic and go through `dot
 """
 
 import functools
+import numbers
 
 import triton
 import triton.language as tl
@@ -23,7 +24,7 @@ if isinstance(tl.cdiv, triton.runtime.JITFunction) == INTERPRETED:
 
 
 def _scalars_are_numbers():
-    """Triton 3.6's interpreter asks numpy for the number in an array of one element, which numpy 2.4 no longer gives."""
+    """Triton 3.6's interpreter takes an array of one element for a number, which numpy 2.4 no longer does."""
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
@@ -73,14 +74,20 @@ def splits_or_default(num_splits: int | None, num_tiles: int, max_kv_len: int, h
     return num_splits
 
 
-def qk_scale(sm_scale: float | None, head_dim: int) -> float:
-    """What `softmax_step` scales the scores with: log2(e) times sm_scale, or times its default head_dim ** -0.5.
+def positive_scale(sm_scale: float | None, head_dim: int) -> float:
+    """sm_scale, or its default head_dim ** -0.5.
 
-    Raises ValueError for a scale that is not positive: the largest score is found before the scores are scaled.
+    Raises ValueError for one that is not positive: kernels find the largest score before they scale.
     """
-    positive = sm_scale is None or 2.0**-126 <= sm_scale < float("inf")  # in fp32, too
-    args.expect(positive, "sm_scale", sm_scale, "a positive number")
-    return args.scale(sm_scale, head_dim) * LOG2E.value
+    known = sm_scale is None or isinstance(sm_scale, numbers.Real)
+    positive = known and (sm_scale is None or 2.0**-126 <= sm_scale < float("inf"))  # in fp32, too
+    args.expect(positive, "sm_scale", repr(sm_scale), "a positive number")
+    return args.scale(sm_scale, head_dim)
+
+
+def qk_scale(sm_scale: float | None, head_dim: int) -> float:
+    """What `softmax_step` scales the scores with: log2(e) times `positive_scale`."""
+    return positive_scale(sm_scale, head_dim) * LOG2E.value
 
 
 def block_dim(head_dim: int) -> int:

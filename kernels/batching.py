@@ -33,7 +33,8 @@ def _find_sequence(q_starts_ptr, tile, batch, steps, BLOCK_Q: tl.constexpr):
     return low, tile - (tl.load(q_starts_ptr + low) // BLOCK_Q + low)
 
 
-@triton.jit
+# What changes from step to step must not make Triton compile anew, as it does for a number that is 1 or divides by 16.
+@triton.jit(do_not_specialize=["stride_tb", "num_tokens", "batch", "steps"])
 def _ragged_kernel(
     q_ptr, stride_qt, stride_qh, stride_qd,  # [N, Hq, D]
     k_ptr, stride_kp, stride_kn, stride_kh, stride_kd,  # [P, page_size, Hkv, D]
@@ -46,7 +47,9 @@ def _ragged_kernel(
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     pid_h = tl.program_id(1).to(tl.int64)
-    pid_b, tile = _find_sequence(q_starts_ptr, tl.program_id(0), batch, steps, BLOCK_Q)
+    # The last tiles of a chunk see the most keys, and chunks come after decodes: start them first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    pid_b, tile = _find_sequence(q_starts_ptr, tile, batch, steps, BLOCK_Q)
     q_start = tl.load(q_starts_ptr + pid_b)
     q_len = tl.minimum(tl.load(q_starts_ptr + pid_b + 1), num_tokens) - q_start
     if tile * BLOCK_Q >= q_len:

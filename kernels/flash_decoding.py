@@ -119,6 +119,7 @@ def _merge_head(
         part_ptrs = part_o_ptr + (s + offs_s[:, None]) * stride_ps + offs_d[None, :] * stride_pd
         mask_part = mask_s[:, None] & (offs_d[None, :] < HEAD_DIM)
         part = tl.load(part_ptrs, mask=mask_part, other=0.0, cache_modifier=".cg")  # [BLOCK_S, BLOCK_D]
+        part = tl.where((lse > float("-inf"))[:, None], part, 0.0)  # what an empty split holds does not count
         m_new = tl.maximum(m, tl.max(lse, 0))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         weight = tl.exp2((lse - m_safe) * LOG2E)
@@ -130,7 +131,7 @@ def _merge_head(
     return acc / l, m + tl.log2(l) * LN2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "num_splits"])  # one kernel for every number of splits
 def split_kernel(
     q_ptr, stride_qb, stride_qh, stride_qd,  # [B, Hq, D]
     k_ptr, stride_kb, stride_kn, stride_kh, stride_kd,  # [B, L, Hkv, D]
@@ -155,7 +156,7 @@ def split_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_plb", "stride_plh", "num_splits"])
 def _merge_kernel(
     part_o_ptr, stride_pb, stride_ph, stride_ps, stride_pd,  # [B, Hq, S, D] fp32
     part_lse_ptr, stride_plb, stride_plh, stride_pls,  # [B, Hq, S] fp32
@@ -260,8 +261,9 @@ _arrived: dict[tuple, torch.Tensor] = {}
 def arrival_counters(like: torch.Tensor, count: int) -> torch.Tensor:
     """Zeroed int32 counters [count or more] on like's device, for programs that share a tile: the last one finishes it.
 
-    Kept per device and stream, since every launch leaves them at zero. A captured graph remembers
-    their address: those of one size are never freed, a larger call gets others.
+    Kept per device and stream, since every launch leaves them at zero. A captured graph remembers their address: those
+    of one size are never freed, a larger call gets others. So two graphs that were captured on one stream must not be
+    replayed on two at the same time.
     """
     stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
     size = max(1024, triton.next_power_of_2(count))

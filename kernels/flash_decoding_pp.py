@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kernels import INTERPRETED
-from kernels._tile import LOG2E, cast, device_properties, dot, splits_or_default
+from kernels._tile import LOG2E, cast, device_properties, dot, positive_scale, splits_or_default
 from kernels.flash_decoding import arrival_counters, attend_split, merge_config, split_config, tiles_per_group
 from labkit import args
 
@@ -243,8 +243,8 @@ def unified_decoding(
 ):  # fmt: skip
     """Attention of one new token a sequence, every split with the same constant phi instead of its own maximum.
 
-    q [B, Hq, D]; k, v [B, L, Hkv, D], any strides; fp16, bf16 or fp32; D up to 256; kv_lens [B] int32; as
-    `flash_decoding`. bounds = (a, b): a row that has a valid key with x - phi <= a or >= b, x = sm_scale * q.k in
+    q [B, Hq, D]; k, v [B, L, Hkv, D], any strides; fp16, bf16 or fp32; D up to 256; kv_lens [B] int32; sm_scale > 0;
+    as `flash_decoding`. bounds = (a, b): a row that has a valid key with x - phi <= a or >= b, x = sm_scale * q.k in
     natural-log units, is computed again with the synchronised softmax where it left the bounds. So the result is exact
     for every input, whatever phi. Bounds wider than (-80, 60), the exponents fp32 can hold, are narrowed to that; in
     fp16, bounds wider than (-9, 11) cost a product in fp32.
@@ -269,7 +269,7 @@ def unified_decoding(
     config = unified_config(torch.float32 if p_fp32 else q.dtype, head_dim, group) | {"TILES": tiles}
     options = dict(HEAD_DIM=head_dim, P_FP32=p_fp32, SYNCHRONISED=synchronised, ONE_SPLIT=num_splits == 1)
     inputs = (q, *q.stride(), k, *k.stride(), v, *v.stride(), kv_lens.contiguous())
-    sizes = (max_kv_len, num_splits, group, args.scale(sm_scale, head_dim), float(phi), bound_a, bound_b)
+    sizes = (max_kv_len, num_splits, group, positive_scale(sm_scale, head_dim), float(phi), bound_a, bound_b)
     grid = (num_splits, num_kv_heads * tiles, batch)
     if num_splits == 1:
         _unified_split_kernel[grid](
@@ -298,8 +298,10 @@ def _gemv_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of BLOCK_M tokens, multiplied and added in fp32 without the matrix unit."""
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Programs that read the same rows of w are neighbours: all but the first find them in the L2 cache.
+    pid, tiles_m = tl.program_id(0), tl.cdiv(m, BLOCK_M)
+    offs_n = (pid // tiles_m).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = (pid % tiles_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     mask_n, mask_m = (offs_n < n)[:, None], (offs_m < m)[:, None]
     w_ptr += offs_n[:, None] * stride_wn
@@ -333,7 +335,7 @@ def gemv(x, w):
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if y.numel():
         config = gemv_config(x.dtype, m, k)
-        grid = (triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(m, config["BLOCK_M"]))
+        grid = (triton.cdiv(n, config["BLOCK_N"]) * triton.cdiv(m, config["BLOCK_M"]),)
         _gemv_kernel[grid](x, *x.stride(), w, *w.stride(), y, *y.stride(), m, n, k, **config)
     return y
 

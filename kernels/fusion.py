@@ -62,11 +62,12 @@ def _rmsnorm_kernel(
     cols = tl.arange(0, BLOCK_N)
     if WHOLE:
         mask = (rows < m)[:, None] & (cols < n)[None, :]
+        # Asked for before the sum, at whose barriers all wait: one latency of memory instead of two.
+        w = tl.load(w_ptr + cols.to(tl.int64) * stride_wn, mask=cols < n, other=0.0).to(tl.float32)
         s = _residual_tile(x_ptr, stride_xm, stride_xn, r_ptr, stride_rm, stride_rn, rows, cols, mask, HAS_RESIDUAL)
         rstd = tl.rsqrt(tl.sum(s * s, 1) / n + eps)
         if HAS_RESIDUAL:
             _store(s_ptr, stride_m, 1, rows, cols, mask, s)
-        w = tl.load(w_ptr + cols.to(tl.int64) * stride_wn, mask=cols < n, other=0.0).to(tl.float32)
         _store(y_ptr, stride_m, 1, rows, cols, mask, s * rstd[:, None] * w[None, :])
     else:
         square = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -258,8 +259,9 @@ def _gate_up_kernel(
 
     rstd is one number a row, so it comes out of the sum: both products and the sum of squares run over x together.
     """
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Programs that read the same weights are neighbours: all but the first find them in the L2 cache.
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     mask_n, mask_m = (offs_n < n)[:, None], (offs_m < m)[:, None]
     gate_ptr += offs_n[:, None] * stride_gn
@@ -504,7 +506,7 @@ def gate_up_swiglu(x, gate_weight, up_weight, *, norm_weight=None, eps=1e-6):
             normed = norm_weight is not None
             norm_weight = norm_weight if normed else x2[0]
             config = gate_up_config(x.dtype, m, k)
-            _gate_up_kernel[(triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(m, config["BLOCK_M"]))](
+            _gate_up_kernel[(triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(n, config["BLOCK_N"]))](
                 x2, *x2.stride(), gate_weight, *gate_weight.stride(), up_weight, *up_weight.stride(),
                 norm_weight, *norm_weight.stride(), y, n, m, n, k, eps, NORMED=normed, **config,
             )  # fmt: skip

@@ -33,7 +33,7 @@ def pages_of_tile(table_ptr, stride_tp, first, end, PAGE_SIZE: tl.constexpr, BLO
     return tl.load(table_ptr + (key // PAGE_SIZE).to(tl.int64) * stride_tp, mask=key < end, other=-1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_tb", "stride_lb", "stride_lh", "num_splits"])  # they change while an engine runs
 def _paged_split_kernel(
     q_ptr, stride_qb, stride_qh, stride_qd,  # [B, Hq, D]
     k_ptr, stride_kp, stride_kn, stride_kh, stride_kd,  # [P, page_size, Hkv, D]

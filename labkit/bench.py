@@ -214,10 +214,13 @@ def measure(topic, case, ops, machine: Machine) -> list[Row]:
 
 
 def warm(topic, case, ops, device) -> None:
-    """Call every kernel of a case once, at full size: what Triton compiles for it is on disk when `measure` comes."""
+    """Call what compiles once, at full size: the result is on disk when `measure` comes.
+
+    That is our kernels and "torch.compile". Peers that time their candidates have to be alone on the GPU for it.
+    """
     inputs = case.make(torch.Generator(device).manual_seed(SEED), device)
-    for prepare, digest in providers(case, ops).values():
-        if digest:
+    for name, (prepare, digest) in providers(case, ops).items():
+        if (digest or name == "torch.compile") and name not in case.without:
             with contextlib.suppress(Exception):  # `measure` meets it again, and says it
                 prepare(**inputs)()
 

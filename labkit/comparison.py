@@ -5,19 +5,22 @@ import math
 
 import numpy as np
 
+from labkit.gpus import GPUS
 from labkit.player import as_html
 from labkit.record import CEILING, Row
 from labkit.show import html_table
 from labkit.timing import MATMUL_FLOPS
 
 TIE = 0.02  # a smaller difference is no difference
+FLOORS = ("A100 80GB", "H200", "B200")  # what a case can cost at least is said of these where nothing was measured
 
 
 class Comparison:
     """Measured rows of some cases, and the figures that a text or a plot needs: None where nothing was measured.
 
     A case is given by its name; provider None means the kernel itself, `case.op`. Printed or shown in a notebook it
-    is a table a section, with losses as plain as wins, and where the figures come from.
+    is a table for each section, with losses as plain as wins, and where the figures come from. Where nothing was
+    measured it shows what bytes and operations alone demand.
     """
 
     def __init__(self, topic, cases, rows, hashes, live=False):
@@ -68,7 +71,9 @@ class Comparison:
     def ratio(self, case, peer, provider=None) -> float | None:
         """Time of the peer / time of the kernel: above 1 the kernel is faster."""
         us, peer_us = self.us(case, provider), self.us(case, peer)
-        return peer_us / us if us and peer_us else None
+        if not us or not peer_us or self.row(case, provider).mode != self.row(case, peer).mode:
+            return None  # one with its launches, the other without: no comparison
+        return peer_us / us
 
     def is_tie(self, case, peer, provider=None) -> bool | None:
         """The difference is below the spread (p80 - p20) of either, or below 2 %."""
@@ -79,7 +84,7 @@ class Comparison:
         return abs(times[0] - times[1]) < max(TIE * min(times), *(p80 - p20 for p20, p80 in spreads))
 
     def best_peer(self, case) -> str | None:
-        times = {peer: self.us(case, peer) for peer in self.cases[case].peers if self.us(case, peer)}
+        times = {peer: self.us(case, peer) for peer in self.cases[case].peers if self.ratio(case, peer)}
         return min(times, key=times.get, default=None)
 
     def result(self, case) -> str | None:
@@ -111,7 +116,10 @@ class Comparison:
         if not self._rows and self.live:
             return [f"Nothing was measured for {self.topic}: the time was spent before its first case."]
         if not self._rows:
-            return [f"Nothing was recorded for {self.topic}: `make record` on a machine with a GPU measures it."]
+            return [
+                "No GPU has measured this yet; `make record` does. The floors are arithmetic: bytes over bandwidth, or "
+                "operations over the bf16 rate if that takes longer, both from the datasheets."
+            ]
         lines = []
         for row in {row.date: row for row in self._rows.values()}.values():
             lines.append(
@@ -128,6 +136,22 @@ class Comparison:
             lines.append("The kernels are unchanged since.")
         return lines
 
+    def plan(self, section) -> list[list[str]]:
+        """Header and one line a case: what it demands, where nothing was measured."""
+        lines = [["case", "MB", "operations / byte", *(f"floor us, {name}" for name in FLOORS)]]
+        for case in (self.cases[name] for name in self._section(section)):
+            floors = (max(case.bytes / GPUS[gpu].bandwidth, case.flops / GPUS[gpu].bf16_flops) for gpu in FLOORS)
+            density = _cell(case.flops / case.bytes if case.flops else None)
+            lines.append([case.name, _megabytes(case), density, *(_cell(x * 1e6) for x in floors)])
+        return lines
+
+    def planned(self, section) -> str:
+        """Who would be timed."""
+        cases = [self.cases[name] for name in self._section(section)]
+        own = dict.fromkeys(name for case in cases for name in (case.op, *case.variants))
+        peers = dict.fromkeys(name for case in cases for name in case.peers)
+        return f"To be timed: {', '.join(own)}" + (f"; beside it {', '.join(peers)}." if peers else ".")
+
     def table(self, section) -> list[list[str]]:
         """Header and one line a case. The cell of a variant or a peer: its time and, in brackets, its time / ours.
 
@@ -142,7 +166,7 @@ class Comparison:
         for case in cases:
             c = case.name
             us, spread = self.us(c), self.spread(c)
-            line = [c, f"{case.bytes / 1e6:.3g}", _cell(self.floor(c))]
+            line = [c, _megabytes(case), _cell(self.floor(c))]
             line.append(f"{us:.1f} [{spread[0]:.1f}-{spread[1]:.1f}]" if us else "-")
             line += [_cell(self.gbs(c), ".0f"), _cell(self.share(c), ".0%")]
             for name in others:
@@ -174,29 +198,40 @@ class Comparison:
         return [name for name, case in self.cases.items() if case.section == section]
 
     def _sections(self) -> list[str]:
-        return list(dict.fromkeys(case.section for case in self.cases.values())) if self._rows else []
+        return list(dict.fromkeys(case.section for case in self.cases.values())) if self._rows or not self.live else []
+
+    def _shown(self, section):
+        """(table, sentence below it, notes) of a section."""
+        if not self._rows:
+            return self.plan(section), self.planned(section), []
+        return self.table(section), self.summary(section), self.notes(section)
 
     def __repr__(self) -> str:
         lines = []
         for section in self._sections():
-            table = self.table(section)
+            table, sentence, notes = self._shown(section)
             widths = [max(map(len, column)) for column in zip(*table)]
             lines += [section] if section else []
             lines += ["  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in table]
-            lines += [self.summary(section), *self.notes(section), ""]
+            lines += [sentence, *notes, ""]
         return "\n".join(lines + self.provenance())
 
     def _repr_html_(self) -> str:
         parts = []
         for section in self._sections():
-            head, *body = ([html.escape(cell) for cell in line] for line in self.table(section))
+            table, sentence, notes = self._shown(section)
+            head, *body = ([html.escape(cell) for cell in line] for line in table)
             parts.append(f"<p><strong>{html.escape(section)}</strong></p>" if section else "")
             parts.append(f'<div style="overflow-x: auto">{html_table(head, body)}</div>')
-            parts.append(f"<p>{html.escape(self.summary(section))}</p>")
-            notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes(section))
+            parts.append(f"<p>{html.escape(sentence)}</p>")
+            notes = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
             parts.append(f"<ul>{notes}</ul>" if notes else "")
         parts.append(f"<p>{'<br>'.join(map(as_html, self.provenance()))}</p>")
         return "".join(parts)
+
+
+def _megabytes(case) -> str:
+    return f"{case.bytes / 1e6:.3g}" if case.bytes < 999.5e6 else f"{case.bytes / 1e6:,.0f}"
 
 
 def _cell(value, form=".1f") -> str:

@@ -1,7 +1,7 @@
 """The text that every reader already has: the Python standard library. Ids 0..255 are its bytes, then BOS and EOS.
 
-Three splits. `held_out` and `calibration` are files that are byte-identical in Python 3.11, 3.12 and 3.13, pinned by
-sha256; one that differs here is left out, and `left_out` names it. `train` is the rest of the running Python's
+Three splits. `held_out` and `calibration` are files that are byte-identical in early releases of Python 3.11, 3.12 and
+3.13, pinned by sha256; one that differs here is left out, and `left_out` names it. `train` is the rest of the running Python's
 library: source with its docstrings, and the language reference in `pydoc_data`. It varies with the version, so a
 recipe that trains on it records its sha256.
 """
@@ -81,6 +81,15 @@ def left_out(split):
         for name in PINNED.get(split, {})
         if name not in here
     }
+
+
+def differs():
+    """Why a figure that was recorded on pinned text can't be measured again here; "" if it can.
+
+    Python's later patch releases change a file now and then.
+    """
+    names = sorted(name for split in PINNED for name in left_out(split))
+    return f"not measured again: this Python has another {', '.join(names)}" if names else ""
 
 
 def with_bos(rows):

@@ -62,6 +62,7 @@ def merge(part_o, part_lse):
     args.merge(part_o, part_lse, dtypes=(torch.float32, torch.float64))
     lse = torch.logsumexp(part_lse, -1)
     weight = torch.exp(part_lse - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1))
+    part_o = part_o.masked_fill((part_lse == float("-inf")).unsqueeze(-1), 0.0)  # whatever an empty split holds
     return (weight.unsqueeze(-1) * part_o).sum(2), lse
 
 
@@ -193,7 +194,7 @@ def sm_player(gpu="H200", num_kv_heads=2, head_dim=128):
     }
     controls = {"batch": [1, 2, 4, 8, 16, 32, 64], "keys": [1024, 4096, 16384, 65536]}
     legend = {"muted": "idle", "sky": "one program", "blue": "two or more"}
-    caption = f"A model of an {gpu} with {num_kv_heads} KV heads, two programs an SM: blocks, not measured time."
+    caption = f"A model of an {gpu} with {num_kv_heads} KV heads, two programs per SM: blocks, not measured time."
     return player.Explorer("Who has work?", controls, panels, frame, legend=legend, caption=caption, start=(1, 16384))
 
 

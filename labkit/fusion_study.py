@@ -128,7 +128,7 @@ def color_of(row):
 
 def draw(report, *, name, caption, alt):
     """The graph before and after: a dot for each launch, in order, an arc for each result that a later one reads."""
-    fig, axes = plot.figure(2, 1, height=4.2, height_ratios=(5, 3))
+    fig, axes = plot.figure(2, 1, height=5.0, height_ratios=(5, 3))
     angle, width = torch.linspace(0, torch.pi, 20), len(report.before)
     for ax, title, rows in zip(axes, ("before", "after"), (report.before, report.after)):
         at, highest = {row.node: i for i, row in enumerate(rows)}, 1
@@ -144,10 +144,10 @@ def draw(report, *, name, caption, alt):
         launches, size = report.total(rows)
         ax.set_title(f"{title}: {launches} launches, {size / 1e6:,.1f} MB")
         ax.set(xlim=(-2, width), ylim=(-highest / 8, 1.1 * highest), yticks=[])
-        ax.set_xticks(range(len(rows)), [_short(row.what) for row in rows], rotation=90, fontsize=7)
+        ax.set_xticks(range(len(rows)), [_short(row.what) for row in rows], rotation=90, fontsize=9)
         ax.grid(False)
         ax.spines["left"].set_visible(False)
-    axes[0].legend(loc="upper right", ncols=2, fontsize=8)
+    axes[0].legend(loc="upper right", ncols=2, fontsize=9)
     return plot.show(fig, name=name, caption=caption, alt=alt)
 
 

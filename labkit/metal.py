@@ -21,18 +21,19 @@ from labkit.provenance import ROOT
 SECONDS = 1500.0
 LEAST = 20.0  # a stage is not begun with less
 JOBS = str(max(2, (os.cpu_count() or 2) // 2))
-PYTEST = ("-m", "pytest", "-q", "--on-device", "-o", "faulthandler_timeout=60", "-o", "faulthandler_exit_on_timeout=true")
+HANGS = ("-o", "faulthandler_timeout=180", "-o", "faulthandler_exit_on_timeout=true")
+PYTEST = ("-m", "pytest", "-q", "--on-device", *HANGS)
 SAMPLE = ("--every", "12")  # under compute-sanitizer all tests would take hours
 
 
 @dataclass(frozen=True)
 class Stage:
-    """arguments: of Python. seconds: what it may take. tool: a program to run it under. needs: a module that it needs."""
+    """One command, and what it takes."""
 
-    arguments: tuple[str, ...]
-    seconds: float
-    tool: tuple[str, ...] = ()
-    needs: str = ""
+    arguments: tuple[str, ...]  # of Python
+    seconds: float  # that it may take
+    tool: tuple[str, ...] = ()  # a program to run it under
+    needs: str = ""  # a module
     dry: tuple[str, ...] | None = None  # arguments of a rehearsal without a GPU; None: there is none
 
     def missing(self) -> str:

@@ -54,6 +54,7 @@ NB_METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
+SOLUTION = {"code_prompt_show": "Show a solution", "code_prompt_hide": "Hide the solution"}  # on the fold's handle
 _TOP = "home|root|tmp|usr|opt|var|mnt|work|workspace|Users|private"
 _ABSOLUTE = re.compile(rf"(?<![\w.~/:<-])/(?:{_TOP})/|\b[A-Z]:\\\\?Users")
 
@@ -121,6 +122,8 @@ def tidy(notebook, *, new_ids=False):
         used.add(cell.id)
         if cell.cell_type == "code":
             cell.metadata.pop("mystnb", None)
+            if cell.source.endswith(".solution"):
+                cell.metadata["mystnb"] = nbformat.from_dict(SOLUTION)
             for output in cell.outputs:
                 # labkit.plot.show puts caption and alt text into the output; the book reads them from the cell.
                 if figure := output.get("metadata", {}).get("lab_figure"):

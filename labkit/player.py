@@ -198,12 +198,14 @@ def predict(key, question, unit=""):
     return Html(figure("Predict", body, {"predict": key, "unit": unit}), f"Predict: {question} ({unit})")
 
 
-def reveal(key, answer, unit="", *, source, how="Recorded"):
+def reveal(key, answer, unit="", *, source, how="Recorded", published=None):
     """Lay the `answer` (a number, or None where nothing was recorded) beside the reader's prediction.
 
     source: where the number comes from, in words (the record's own provenance line); `x` is shown as code.
-    how: what was done to get it, e.g. "Counted".
+    how: what was done to get it, e.g. "Counted". published: (number, source) to show where there is no answer yet.
     """
+    if answer is None and published:
+        (answer, source), how = published, "Published, not ours"
     found = f"{how}: {answer:.4g} {unit}." if answer is not None else "Not known yet."
     body = (
         f'<div class="lab-title">Your prediction</div><p><strong>{escape(found)}</strong> {as_html(source)}</p>'

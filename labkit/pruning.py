@@ -4,6 +4,8 @@
 `labkit.prune`: a model, block by block. `labkit.sparse24`: 2:4 weights in memory. `labkit.pruning_study`: experiments.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 
@@ -74,7 +76,15 @@ def dense(x, values, meta):
 def semi_structured(x, values, meta):
     """torch's 2:4 weights on sparse matrix units: cuSPARSELt, or CUTLASS where torch has no other."""
     w = torch.sparse.to_sparse_semi_structured(unpack_24(values, meta))
+    key = (*w.shape, *x.shape)
+    with contextlib.suppress(AttributeError, RuntimeError):  # its default algorithm is seldom its best; search once
+        if key not in _ALGORITHMS:
+            _ALGORITHMS[key] = torch._cslt_sparse_mm_search(w.packed, w._pad_dense_input(x).t())
+        w.alg_id_cusparselt = _ALGORITHMS[key]
     return lambda: F.linear(x, w)
+
+
+_ALGORITHMS = {}  # (n, k, m, k) -> cuSPARSELt's number
 
 
 def torch_mask(w, x_norm, sparsity=None, n=None, m=None):

@@ -206,6 +206,7 @@ inline f32 ex2(f32 x) {
     x = flush(x);
     return x == 0 ? 1.0f : off_by(0x1p-22f, flush(std::exp2(x)), bits<u32>(x));
 }
+inline f32 ex2_with_subnormals(f32 x) { return x == 0 ? 1.0f : off_by(0x1p-22f, std::exp2(x), bits<u32>(x)); }
 inline f32 lg2(f32 x) {
     f32 y = std::log2(flush(x));
     if (y == 0 || !std::isfinite(y)) return y;
@@ -433,15 +434,16 @@ void wait_for_copies(Warp& w, const Instruction& i, u32 lanes) {  // numbers gro
     land(w, i.numbers[0]);
 }
 
-void atomic_add(Warp& w, const Instruction& i, u32 lanes) {  // rows old, address, x; numbers offset
+void atomic_add(Warp& w, const Instruction& i, u32 lanes) {  // rows old, address, x; numbers offset, float, acquires
     each(lanes, [&](int lane) {
         u64 address = w.row(i.rows[1])[lane] + i.numbers[0];
         if (address % 4) fault("misaligned atomic");
         range_of(*w.program->launch, address, 4, "atomic");
-        u32 old = load((void*)address, 4), sum = old + u32(w.row(i.rows[2])[lane]);
+        u32 old = load((void*)address, 4), x = w.row(i.rows[2])[lane];
+        u32 sum = i.numbers[1] ? bits<u32>(bits<f32>(old) + bits<f32>(x)) : old + x;
         memcpy((void*)address, &sum, 4);
         if (i.rows[0] >= 0) w.row(i.rows[0])[lane] = old;
-        w.program->acquired = true;
+        w.program->acquired |= i.numbers[2] != 0;
     });
 }
 
@@ -899,6 +901,7 @@ void define_all() {
     DEFINE("div.full.f32", f32, f32, f32, divide(a, b))
     DEFINE("rsqrt.approx.ftz.f32", f32, f32, f32, off_by(0x1p-23f, f32(1 / std::sqrt(double(flush(a)))), bits<u32>(a)))
     DEFINE("ex2.approx.ftz.f32", f32, f32, f32, ex2(a))
+    DEFINE("ex2.approx.f32", f32, f32, f32, ex2_with_subnormals(a))
     DEFINE("lg2.approx.ftz.f32", f32, f32, f32, lg2(a))
     DEFINE("selp.f32", u32, u64, u32, c ? a : b)
     DEFINE("setp.eq.f32", f32, f32, u64, a == b)

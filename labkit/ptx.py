@@ -226,10 +226,12 @@ class Kernel:
         if parts[0] in ("mbarrier", "tensormap"):
             return self._mbarrier_or_map(name, parts, ops)
         if parts[0] == "atom":
-            if not ({"global", "acq_rel", "add"} <= set(parts) and kind in ("u32", "s32")):
+            order = {"acq_rel", "relaxed"} & set(parts)
+            if not ({"global", "add"} <= set(parts) and order and kind in ("u32", "s32", "f32")):
                 raise ValueError("an atomic that is not known")
             address, offset = self._address(ops[1])
-            return "atom.add", [self._operand(ops[0]), address, self._operand(ops[2])], [offset]
+            numbers = [offset, int(kind == "f32"), int("acq_rel" in order)]
+            return "atom.add", [self._operand(ops[0]), address, self._operand(ops[2])], numbers
         if parts[0] == "shfl":
             _all_lanes(ops[4])
             rows = [self._row(ops[0]), *(self._operand(x) for x in ops[1:4])]

@@ -3,17 +3,26 @@
 Nothing is computed anew and no figure is typed in: lines are drawn from the files under `results/`.
 """
 
+import json
+import re
 from statistics import median
 
 from labkit.comparison import Comparison
 from labkit.fusion_study import gain
 from labkit.record import CEILING, RESULTS, load, read_experiment
 
+METAL = "metal.json"
+
+
+def measured(folder):
+    """The files with a GPU's measurements. `metal.json` lies beside them: how its stages ended, no times of kernels."""
+    return sorted(path for path in folder.glob("*.json") if path.name != METAL)
+
 
 def gpus(results=None):
     """Folders of `results` that hold the measurements of a GPU, by name."""
     folders = [path for path in (results or RESULTS).iterdir() if path.is_dir() and path.name != "cpu"]
-    return sorted(folder for folder in folders if any(folder.glob("*.json")))
+    return sorted(folder for folder in folders if measured(folder))
 
 
 def comparison(folder, topic, cases, hashes):
@@ -41,17 +50,55 @@ def tally(comparisons):
 
 def state(folder):
     """Device, dates and versions of a GPU's records, one line a run."""
-    rows = [row for path in sorted(folder.glob("*.json")) for row in load(path) if row.case != CEILING]
-    runs = {(r.date, r.device, r.driver, r.torch, r.triton, r.commit) for r in rows}
-    return [
-        f"{device}: {date} UTC, commit {commit}, driver {driver}, torch {torch}, triton {triton}"
-        for date, device, driver, torch, triton, commit in sorted(runs)
-    ]
+    rows = [row for path in measured(folder) for row in load(path) if row.case != CEILING]
+    return list(_by_run(rows))
+
+
+def _by_run(rows):
+    """{device, date and versions of a run, as a line: its rows}, in the order of time."""
+    runs = {}
+    for r in sorted(rows, key=lambda r: (r.date, r.device)):
+        versions = f"driver {r.driver}, torch {r.torch}, triton {r.triton}"
+        runs.setdefault(f"{r.device}: {r.date} UTC, commit {r.commit}, {versions}", []).append(r)
+    return runs
+
+
+def metal(results=None):
+    """What came of `make metal` on each GPU: {its run, as a line: a line for each stage}; {} where it never ran."""
+    files = sorted((results or RESULTS).glob(f"*/{METAL}"))
+    runs = _by_run([row for path in files for row in load(path)])
+    return {run: [f"{row.case:12}{row.verdict}" for row in rows] for run, rows in runs.items()}
 
 
 def experiments(results=None):
     """All recorded CPU experiments, [Recorded], by name."""
     return [read_experiment(path) for path in sorted((results or RESULTS).glob("cpu/*.json"))]
+
+
+WORDS_A_MINUTE, LINES_A_MINUTE = 150, 10  # a slow reader, of technical text and of code
+
+
+def minutes(path):
+    """How long it takes to read a notebook with its outputs, without folded code, pictures and exercises done."""
+    words = lines = 0
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            words += _words(source)
+        elif not any(tag.startswith("hide") for tag in cell["metadata"].get("tags", [])):
+            lines += source.count("\n") + 1
+        for output in cell.get("outputs", []):
+            data = {kind: "".join(text) for kind, text in output.get("data", {}).items() if kind.startswith("text/")}
+            if "text/markdown" in data:  # code that is shown from its source
+                lines += data["text/markdown"].count("\n")
+            elif "image/png" not in output.get("data", {}):
+                page = re.sub(r"<(script|style).*?</\1>|<[^>]*>", " ", data.get("text/html", ""), flags=re.DOTALL)
+                words += _words(page or "".join(output.get("text", "")) or data.get("text/plain", ""))
+    return words / WORDS_A_MINUTE + lines / LINES_A_MINUTE
+
+
+def _words(text):
+    return len(re.findall(r"[A-Za-z][\w'-]*", text))
 
 
 # ---- what an experiment says in a line or two: function of one seed's sample
@@ -60,25 +107,25 @@ def experiments(results=None):
 def _train(s):
     best = min(s["peers"], key=s["peers"].get)
     own, peer = s["held_out_bits_per_byte"], s["peers"][best]
-    text = f"{s['parameters']:,} parameters: {own:.2f} bits a byte on held-out text"
+    text = f"{s['parameters']:,} parameters: {own:.2f} bits per byte on held-out text"
     return [f"{text}; the best compressor, {best}: {peer:.2f}"]
 
 
 def _gqa(s):
-    form = "{heads} KV head{s}, {how}: {before:.2f} bits a byte, trained on: {after:.2f}"
+    form = "{heads} KV head{s}, {how}: {before:.2f} bits per byte, trained on: {after:.2f}"
     return [form.format(**run, s="s" * (run["heads"] > 1)) for run in s["runs"]]
 
 
 def _pruning(s):
     rows = sorted((row for row in s["model"] if row["pattern"] == "2:4"), key=lambda row: -row["bits"])
     bits = ", ".join(f"{row['method']} {row['bits']:.2f}" for row in rows)
-    return [f"dense {s['dense']:.2f} bits a byte; 2:4 by {bits}"]
+    return [f"dense {s['dense']:.2f} bits per byte; 2:4 by {bits}"]
 
 
 def _streaming(s):
     bits = {name: (x["mean"] if isinstance(x, dict) else x) for name, x in s["bits"].items() if "mean" in x}
     kept = [name for name in ("dense", "0+256", "4+252", "4+252, original positions") if name in bits]
-    return ["bits a byte of a long stream: " + ", ".join(f"{name} {bits[name]:.3f}" for name in kept)]
+    return ["bits per byte of a long stream: " + ", ".join(f"{name} {bits[name]:.3f}" for name in kept)]
 
 
 def _streaming_costs(s):
@@ -110,7 +157,7 @@ def _distillation(s):
     for row in s["students"]:
         found = f"{row['loss']} {row['bits']:.2f}".replace(" ", "\N{NO-BREAK SPACE}")  # a line never breaks in there
         lines.setdefault(f"{row['student']}, {row['first']}", []).append(found)
-    return [f"{name} student, bits a byte: " + ", ".join(found) for name, found in lines.items()]
+    return [f"{name} student, bits per byte: " + ", ".join(found) for name, found in lines.items()]
 
 
 def _engine(s):

@@ -11,21 +11,22 @@ import subprocess
 import torch
 
 COLD_BYTES = 200e6  # the copies of a graph together; the largest L2 today is 126 MB
-WARMUPS, REPLAYS, MIN_MS = 3, 25, 1.0
+WARMUPS, REPLAYS, MIN_MS, ROUND_MS = 3, 25, 1.0, 150.0
+EAGER_CALLS = 64  # at most so many calls a measurement where they cannot be captured
 MATMUL_SIZE = 8192
 MATMUL_FLOPS = 2 * MATMUL_SIZE**3
 
 
 def num_copies(num_bytes: int) -> int:
-    """How many sets of inputs it takes to keep the L2 cache cold."""
-    return max(1, math.ceil(COLD_BYTES / max(num_bytes, 1)))
+    """How many sets of inputs it takes to keep the L2 cache cold. One of a gigabyte does it alone."""
+    return max(1 if num_bytes >= 1e9 else 2, math.ceil(COLD_BYTES / max(num_bytes, 1)))
 
 
 def gpu_timer(calls, graph: bool = True):
     """Prepare functions without arguments, the same work on different inputs, for timing.
 
-    Returns (sample, mode): sample() gives REPLAYS measurements, microseconds a call; mode is "graph", or "eager" if
-    graph is False or the calls cannot be captured. Eager times hold the launch as well.
+    Returns (sample, mode): sample() gives 3 to REPLAYS measurements, microseconds a call; mode is "graph", or "eager"
+    if graph is False or the calls cannot be captured. Eager times hold the launch as well.
     """
 
     def run():
@@ -37,21 +38,43 @@ def gpu_timer(calls, graph: bool = True):
     with torch.cuda.stream(stream):  # compiles, allocates and picks algorithms outside the capture
         run()
     torch.cuda.synchronize()
-    replay = _capture(run, 1, stream) if graph else None
-    passes = max(1, math.ceil(MIN_MS / max(_elapsed_ms(replay or run), 1e-3)))
+    replay = _capture(run, 1, stream) if graph and not _waits(calls[0]) else None
+    if not replay and graph:  # not to be captured: single calls from Python, of which a few do
+        del calls[EAGER_CALLS:]
+    if replay:
+        replay()  # the first replay uploads the graph
+    ms = max(_elapsed_ms(replay or run), 1e-3)
+    passes = max(1, math.ceil(MIN_MS / ms))
     if replay and passes > 1:
         replay = _capture(run, passes, stream)
+    # Thousands of copies in one graph are an average already: a round of them takes ROUND_MS, and three replays.
+    replays = max(3, min(REPLAYS, int(ROUND_MS / (ms * passes))))
+    warmups = min(WARMUPS, replays // 3)
 
     def eager():
         for _ in range(passes):
             run()
 
     def sample():
-        for _ in range(WARMUPS):
+        for _ in range(warmups):
             (replay or eager)()
-        return [_elapsed_ms(replay or eager) * 1e3 / (passes * len(calls)) for _ in range(REPLAYS)]
+        return [_elapsed_ms(replay or eager) * 1e3 / (passes * len(calls)) for _ in range(replays)]
 
     return sample, "graph" if replay else "eager"
+
+
+def _waits(call) -> bool:
+    """Whether a call waits for the GPU. torch says so without a capture: one that fails leaves its allocator unable to
+    free cached memory when there is none left, and the capturing stream current, for the rest of the process."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
 
 
 def _capture(run, passes, stream):

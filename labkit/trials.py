@@ -4,7 +4,7 @@ A kernel gets fast by trials. Each says beforehand how much the change should ga
 compiler makes of it is known without a GPU, and settles some trials at once: what spills or does not fit is out.
 
 `make tune` compiles all trials for the H200 into `results/trials.json` and, on a GPU, measures them into
-`results/<gpu>/trials.json`. The page "How these kernels got fast" shows both beside the predictions.
+`results/<gpu>/trials.json`. The page "The tuning log" shows both beside the predictions.
 """
 
 import html
@@ -92,6 +92,8 @@ TRIALS = (
             case="Llama-3-8B B=1 L=8192", one_launch=True),
     _decode("one launch, 1,024 keys", (1.05, 1.4), "The same microsecond, of fewer.", case="Llama-3-8B B=1 L=1024",
             one_launch=True),
+    _decode("16 splits for 8, 1,024 keys", (1.0, 1.1), "Programs of one tile each: half of the walk, and a merge of "
+            "twice as many parts that is short either way.", case="Llama-3-8B B=1 L=1024", num_splits=16),
     Trial("decode: merge with 4 warps", "flash_decoding", "Llama-3-8B B=1 L=8192", (0.85, 1.0), "The splits of a head "
           "then meet in shared memory, 16 lanes to a bank: some hundred cycles of a short launch.",
           rules={"kernels.flash_decoding:merge_config": {"num_warps": 4}}, launch=1),
@@ -119,6 +121,10 @@ TRIALS = (
           "ask for the row at once, and have more to sum up.", rules={"kernels.fusion:row_config": {"num_warps": 16}}),
     Trial("softmax: 4,096 of a row a tile", "fusion", "softmax [256, 131072]", (0.85, 1.0), "Half as much on its way "
           "in each thread, and twice the turns.", rules={"kernels.fusion:softmax_config": {"BLOCK_N": 4096}},
+          compiled="bfloat16, [64, 131072]"),
+    Trial("softmax: 16,384 of a row a tile, 16 warps", "fusion", "softmax [256, 131072]", (1.05, 1.3), "The loop waits "
+          "for each tile. A tile of twice the size has twice as much on its way.",
+          rules={"kernels.fusion:softmax_config": {"BLOCK_N": 16384, "num_warps": 16}},
           compiled="bfloat16, [64, 131072]"),
     Trial("norm: 4 warps, 2,048 tokens", "fusion", "add_rmsnorm [2048, 4096]", (0.95, 1.05), "Enough rows to keep "
           "memory busy either way.", rules={"kernels.fusion:row_config": {"num_warps": 4}}),
@@ -187,6 +193,11 @@ def function_of(trial):
     """The kernel that a trial is about, "module:name", where it is defined."""
     kernel = getattr(ops_of(trial), bench_case(trial, tiny=True).op)
     return f"{kernel.__module__}:{kernel.__name__}"
+
+
+def file_of(trial):
+    """The name of the file under `kernels/` that a trial's kernel stands in."""
+    return function_of(trial).partition(":")[0].partition(".")[2]
 
 
 def pair_of(trial):
@@ -259,6 +270,7 @@ class Log:
         """compiled: from `load`. rows: measured, from `labkit.record`. trials: all of them if None."""
         trials = TRIALS if trials is None else trials
         self.trials, self.compiled = {trial.name: trial for trial in trials}, compiled
+        self.files = {trial.name: file_of(trial) for trial in trials}
         cases = [bench_case(trial) for trial in trials]
         hashes = [bench.hashes([case], ops_of(trial)) for trial, case in zip(trials, cases)]
         self.measured = Comparison("trials", cases, rows, {key: one[key] for one in hashes for key in one})
@@ -290,11 +302,11 @@ class Log:
         tie = self.measured.is_tie(name, CHANGED)
         return f"{gain:.2f}, {words}: {'a tie' if tie else 'faster' if gain > 1 else 'slower'}"
 
-    def lines(self, topic):
-        """Header and a line a trial of the topic: change and case, reason, prediction, compiled, outcome."""
+    def lines(self, file):
+        """Header and a line per trial of a kernel file: change and case, reason, prediction, compiled, outcome."""
         lines = [["change, measured on", "because", "predicted gain", f"compiled for {TARGET}", "outcome"]]
         for name, trial in self.trials.items():
-            if trial.topic == topic:
+            if self.files[name] == file:
                 compiled = self.compiled["trials"][name]
                 predicted = f"{trial.gain[0]:.2f}\N{EN DASH}{trial.gain[1]:.2f}" if trial.gain else "ruled out"
                 facts = _difference(compiled["as_is"], compiled[CHANGED])
@@ -302,8 +314,9 @@ class Log:
                 lines.append([change, trial.because, predicted, facts, self.outcome(name)])
         return lines
 
-    def topics(self):
-        return list(dict.fromkeys(trial.topic for trial in self.trials.values()))
+    def headings(self):
+        """The files under `kernels/` that the trials are about. Prefill is timed by the topic gqa, and has its own."""
+        return list(dict.fromkeys(self.files.values()))
 
     def tally(self):
         """{"as predicted" | "not as predicted" | "open": how many}"""
@@ -312,17 +325,17 @@ class Log:
         return {word: found.count(value) for word, value in words.items()}
 
     def __repr__(self):
-        lines = [line for topic in self.topics() for line in self.lines(topic)]
+        lines = [line for file in self.headings() for line in self.lines(file)]
         return "\n".join(" | ".join(cell.replace("\n", ", ") for cell in line) for line in lines)
 
     def _repr_html_(self):
         widths = "".join(f'<col style="width: {width}%">' for width in (25, 30, 12, 20, 13))
         style = "white-space: normal; table-layout: fixed; width: 100%; min-width: 40rem"
         parts = []
-        for topic in self.topics():
-            head, *body = ([html.escape(cell).replace("\n", "<br>") for cell in line] for line in self.lines(topic))
+        for file in self.headings():
+            head, *body = ([html.escape(cell).replace("\n", "<br>") for cell in line] for line in self.lines(file))
             table = html_table(head, body, style=style, columns=f"<colgroup>{widths}</colgroup>")
-            parts.append(f"<p><strong>{topic}</strong></p>{table}")
+            parts.append(f"<p><strong>{file}</strong></p>{table}")
         return "".join(parts)
 
 

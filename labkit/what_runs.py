@@ -1,4 +1,4 @@
-"""What runs where: one call of every public kernel, compiled for seven GPUs; run in the interpreter, and as PTX.
+"""What runs where: one call of every public kernel, compiled for eight GPUs; run in the interpreter, and as PTX.
 
 `python -m kernels codegen --table` writes `results/compiled.json`; the page "What runs where" shows it, and says which
 kernels have changed since. The call is the first case that a topic declares of the function.
@@ -20,7 +20,7 @@ from labkit.show import html_table
 
 FILE = RESULTS / "compiled.json"
 EMULATED = "sm_90"  # whose PTX runs on the CPU
-TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
+TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
 def run_script(script: str, how: str) -> str:

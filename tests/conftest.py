@@ -39,6 +39,8 @@ def pytest_runtest_teardown(item):
     if kernels.DEVICE == "cuda" and "device" in item.fixturenames:
         try:
             torch.cuda.synchronize()
+            if far := sys.modules.get("far_apart"):
+                far.end_turn()
         except RuntimeError as error:
             print(f"{item.nodeid} left the GPU unusable: {error}", file=sys.__stderr__, flush=True)
             os._exit(1)

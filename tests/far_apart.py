@@ -1,11 +1,15 @@
 """Shared by the kernels' tests: strides with which an index times a stride needs more than 32 bits."""
 
+import fcntl
 import mmap
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
 REACH = 2**31  # elements: the first offset that 32 bits do not hold
+_turn = open(Path(tempfile.gettempdir(), "far_apart.lock"), "w")  # noqa: SIM115: as long as the process
 
 
 def far_apart(x, dim):
@@ -19,6 +23,7 @@ def far_apart(x, dim):
     stride = 2 * REACH // (n - 1) // 16 * 16 + 16
     size = (REACH + (n - 1) * stride + row) * x.element_size()
     if x.is_cuda:
+        fcntl.flock(_turn, fcntl.LOCK_EX)  # tests beside it wait: there is memory for one
         if size > torch.cuda.mem_get_info()[0]:
             pytest.skip(f"needs {size / 1e9:.0f} GB of GPU memory")
         memory = torch.zeros(size, dtype=torch.uint8, device=x.device)
@@ -27,3 +32,9 @@ def far_apart(x, dim):
         memory = torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=torch.uint8)
     strides = (stride, *x[0].contiguous().stride())
     return memory.view(x.dtype).as_strided(x.shape, strides, REACH).copy_(x).movedim(0, dim)
+
+
+def end_turn():
+    """After a test: give its memory back, let the next one begin."""
+    torch.cuda.empty_cache()
+    fcntl.flock(_turn, fcntl.LOCK_UN)

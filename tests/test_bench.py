@@ -15,7 +15,7 @@ import torch
 
 import kernels.__main__ as program
 import kernels.flash_decoding_pp
-from labkit import bench, check, peers, provenance, record, timing
+from labkit import bench, check, peers, provenance, ptx, record, timing, what_runs
 from labkit import flash_decoding as decoding
 from labkit import flash_decoding_pp as unified
 from labkit.attention import attention, decode_attention
@@ -97,6 +97,7 @@ def topic(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "kernels.doubling", ops)
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setattr(bench, "this_gpu", lambda: None)
+    monkeypatch.setattr(program, "compile_ahead", lambda jobs, seconds: None)  # other processes know no such topic
     small = {"copy": ([lambda: None], 1_000_000), "matmul": ([lambda: None], 0)}
     monkeypatch.setattr(timing, "ceiling_calls", lambda device: small)
     return ops
@@ -243,6 +244,16 @@ def test_ties(topic, ours, theirs, tie):
     assert both.result("case 0").startswith("tie with peer") is tie
 
 
+def test_launches_are_not_compared_with_graphs(topic):
+    """A peer that could not be captured is timed with its launches: its time is shown, and no ratio made of it."""
+    rows = measured(topic, 10.0, 20.0)
+    mixed = [replace(row, mode="eager") if row.provider == "peer" else row for row in rows]
+    c = compared(mixed)
+    assert (compared(rows).ratio("case 0", "peer"), c.ratio("case 0", "peer")) == (2.0, None)
+    assert c.us("case 0", "peer") == 20.0
+    assert (c.best_peer("case 0"), c.result("case 0")) == (None, None)
+
+
 def test_figures(topic, monkeypatch):
     m = machine(0.5, 1000.0, 100.0, 80.0, 100.0, 150.0, 100.0, 101.0)  # copy, matmul, then kernel and peer of each case
     monkeypatch.setattr(bench, "this_gpu", lambda: m)
@@ -313,9 +324,16 @@ def test_schema():
 
 def test_nothing_recorded(topic):
     nothing = bench.bench("doubling", topic)
-    sentence = "Nothing was recorded for doubling: `make record` on a machine with a GPU measures it."
-    assert repr(nothing) == sentence
+    sentence = "No GPU has measured this yet; `make record` does. The floors are arithmetic: bytes over bandwidth, or "
+    assert sentence in repr(nothing)
     assert sentence.replace("`make record`", "<code>make record</code>") in nothing._repr_html_()
+    assert nothing.plan("first")[1] == ["case 0", "100", "-", "49.0", "20.8", "12.5"]  # 2.039, 4.8 and 8 TB/s
+    heavy = Comparison("doubling", [replace(case, flops=989_000_000_000) for case in doubling_cases()], [], {})
+    assert heavy.plan("first")[1][2:] == ["9890.0", "3169.9", "1000.0", "439.6"]  # 312, 989 and 2250 TFLOP/s
+    assert "To be timed: double; beside it peer, wrong peer, missing, refusing, left out." in repr(nothing)
+    assert repr(nothing).count("case 0") == 1
+    empty = Comparison("doubling", doubling_cases(), [], {}, live=True)
+    assert repr(empty) == "Nothing was measured for doubling: the time was spent before its first case."
     for figure in (nothing.us, nothing.spread, nothing.gbs, nothing.share, nothing.floor, nothing.result):
         assert figure("case 0") is None
     assert nothing.ratio("case 0", "peer") is None
@@ -437,6 +455,41 @@ def test_a_record_stops_itself(topic, monkeypatch, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []  # not even a row that blames the kernel
 
 
+def test_a_run_that_loses_its_gpu_goes_on_in_a_new_process(topic, monkeypatch, tmp_path, capsys):
+    """After an illegal access: what was measured is kept, and the cases behind it are left to another process."""
+    monkeypatch.setattr(bench, "this_gpu", lambda: machine(1.0))
+    begun = []
+    monkeypatch.setattr(program.os, "execv", lambda python, command: begun.append(command))
+    monkeypatch.setattr(bench, "lost", lambda machine: "illegal memory access" if not begun else "")
+    program.record_topics(["doubling"], seconds=100.0)
+    (command,) = begun
+    assert command[1:5] == ["-m", "kernels", "record", "doubling"]
+    assert command[5] == "--seconds" and 50 < float(command[6]) <= 100  # noqa: PT018
+    assert command[7:] == ["--skip", "1"]
+    assert "LOST the GPU: doubling: case 0: illegal memory access" in capsys.readouterr().out
+    path = tmp_path / "test-gpu" / "doubling.json"
+    assert {row.case for row in record.load(path)} == {"ceiling", "case 0"}
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    program.record_topics(command[4:5], float(command[6]), int(command[8]))
+    assert {row.case for row in record.load(path)} == {"ceiling", "case 0", "case 1", "case 2"}
+    assert "2 of 2 cases measured on Test GPU" in capsys.readouterr().out
+
+
+AHEAD = """
+from labkit.ahead import compile_ahead
+if __name__ == "__main__":
+    compile_ahead([("fusion", 0), ("fusion", 1)], 100.0)
+"""
+
+
+@pytest.mark.skipif(not ptx.compiler(), reason="no C++ compiler here: PTX cannot be run")
+def test_kernels_are_compiled_ahead_by_other_processes(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    printed = what_runs.run_script(AHEAD, "ptx")
+    assert re.fullmatch(r"Compiled ahead in \d+ s", printed), printed
+    assert {path.stem for path in tmp_path.rglob("*.ptx")} == {"_rmsnorm_kernel", "_swiglu_kernel"}
+
+
 def test_no_time_left_is_said(topic, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "this_gpu", lambda: machine(1.0))
     monkeypatch.setattr(program, "RESERVE", 60.0)
@@ -481,7 +534,7 @@ def test_dry_run(topic, tmp_path, capsys):
 # What a peer may answer where there is no GPU, or where it is not installed.
 REASONS = (
     r"No module named '(flashinfer|liger_kernel)'|No viable backend|No available kernel|not supported! Only CUDA|"
-    r"Could not run 'aten::_flash_attention_forward'|half a minute a shape|indexing by `slots`"
+    r"Could not run 'aten::_flash_attention_forward'|half a minute a shape|waits for the GPU to skip slots"
 )
 
 
@@ -694,15 +747,16 @@ def test_flashinfer_over_pages(flashinfer):
 
 
 class FakeCuda:
-    """Each call takes `us` on the device and, outside a graph, `launch` more. `refuse` fails every capture."""
+    """Each call takes `us` on the device and, outside a graph, `launch` more. With `refuse` it waits for the device."""
 
     def __init__(self, us, launch=0.0, refuse=False):
-        self.us, self.launch, self.refuse, self.now, self.capturing = us, launch, refuse, 0.0, None
+        self.us, self.launch, self.refuse, self.now, self.capturing, self.mode = us, launch, refuse, 0.0, None, "default"
 
     def call(self):
+        if self.refuse and self.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
         if self.capturing is not None:
-            if self.refuse:
-                raise RuntimeError("operation not permitted when stream is capturing")
+            assert not self.refuse, "a capture that fails leaves the process spoiled: it must not be tried"
             self.capturing.calls += 1
         else:
             self.now += self.us + self.launch
@@ -733,6 +787,12 @@ class FakeCuda:
     def Stream(self):
         return types.SimpleNamespace(wait_stream=lambda other: None)
 
+    def get_sync_debug_mode(self):
+        return self.mode
+
+    def set_sync_debug_mode(self, mode):
+        self.mode = mode
+
     current_stream = Stream
     stream = staticmethod(lambda stream: contextlib.nullcontext())
     synchronize = staticmethod(lambda: None)
@@ -748,13 +808,33 @@ def test_gpu_timer(monkeypatch, graph, refuse, mode, us):
     sample, got = timing.gpu_timer([cuda.call] * 4, graph=graph)
     assert got == mode
     start = cuda.now
+    assert cuda.mode == "default"
     assert sample() == pytest.approx([us] * timing.REPLAYS)
     per_replay = (cuda.now - start) / (timing.REPLAYS + timing.WARMUPS)
     assert 1e3 <= per_replay < 1e3 + 4 * us  # one replay is a millisecond, not much more
 
 
 def test_enough_copies_for_a_cold_cache():
-    assert [timing.num_copies(n) for n in (1_000_000, 199_999_999, 200_000_000, 10**10)] == [200, 2, 1, 1]
+    assert [timing.num_copies(n) for n in (1_000_000, 199_999_999, 200_000_000, 10**10)] == [200, 2, 2, 1]
+
+
+def test_many_copies_are_replayed_less_often(monkeypatch):
+    """A graph of 20,000 calls takes 60 ms: two replays would do for a round of 150 ms, and three are made."""
+    cuda = FakeCuda(3.0)
+    monkeypatch.setattr(timing.torch, "cuda", cuda)
+    sample, mode = timing.gpu_timer([cuda.call] * 20_000)
+    start = cuda.now
+    assert (sample(), mode) == (pytest.approx([3.0] * 3), "graph")
+    assert cuda.now - start == pytest.approx(4 * 60_000)  # one to warm up
+
+
+def test_of_many_calls_that_cannot_be_captured_a_few_are_timed(monkeypatch):
+    cuda = FakeCuda(3.0, launch=97.0, refuse=True)
+    monkeypatch.setattr(timing.torch, "cuda", cuda)
+    sample, mode = timing.gpu_timer([cuda.call] * 5_000)
+    start = cuda.now
+    assert (sample()[0], mode) == (pytest.approx(100.0), "eager")
+    assert cuda.now - start < 200_000  # microseconds
 
 
 def test_rows_are_plain_json(topic):

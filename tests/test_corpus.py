@@ -1,6 +1,7 @@
 """The corpus: pinned splits, BOS and EOS beyond the bytes, nothing of the held-out text in the training text."""
 
 import hashlib
+import re
 import sys
 
 import numpy as np
@@ -42,7 +43,7 @@ def test_pinned_files_are_what_was_pinned(split):
     assert {*texts, *left_out} == {*corpus.PINNED[split]}
     assert all(hashlib.sha256(data).hexdigest() == corpus.PINNED[split][name] for name, data in texts.items())
     if sys.version_info[:2] <= (3, 13):
-        assert len(left_out) <= 3, left_out  # a distribution may have patched one
+        assert len(left_out) <= 5, left_out  # changed in a later patch release, or by a distribution
 
 
 def test_a_file_that_differs_is_left_out_and_named(monkeypatch):
@@ -52,6 +53,7 @@ def test_a_file_that_differs_is_left_out_and_named(monkeypatch):
     try:
         left_out = corpus.left_out("held_out")
         assert left_out["heapq.py"] == "differs"
+        assert re.search(r"another .*heapq.py.*no/such.py", corpus.differs())
         assert left_out["no/such.py"] == "absent"
         assert "heapq.py" not in corpus.texts_of("held_out")
         with pytest.raises(ValueError, match=r"heapq\.py"):

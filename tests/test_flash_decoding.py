@@ -73,6 +73,7 @@ def test_merge(num_splits, device):
     part_lse = randn(rng, 2, 3, num_splits, device=device) * 30
     part_lse[0, 0, : num_splits // 2] = float("-inf")
     part_lse[1, 1] = float("-inf")  # nothing to merge: 0 and -inf
+    part_o[part_lse == float("-inf")] = float("nan")  # an empty split need not have written anything
     assert_matches(fd.merge(part_o, part_lse), ref.merge, part_o, part_lse)
     strided = part_o.transpose(0, 1).contiguous().transpose(0, 1)
     assert_matches(fd.merge(strided, part_lse), ref.merge, part_o, part_lse)
@@ -249,6 +250,7 @@ def test_too_late_import_is_explained():
 PLANTED_BUGS = [
     ("kernels/flash_decoding.py", "mask_n = first + offs_n < end", "mask_n = first + offs_n < end + 1"),
     ("kernels/flash_decoding.py", "m, l, acc, qk_scale, True)", "m, l, acc, qk_scale, False)"),
+    ("kernels/flash_decoding.py", 'tl.where((lse > float("-inf"))[:, None], part, 0.0)', "part"),
     ("kernels/flash_decoding.py", "end = tl.minimum(start + split_len, kv_len)", "end = tl.minimum(start + split_len, max_kv_len)"),
     ("kernels/flash_decoding.py", "tl.cdiv(tl.cdiv(kv_len, BLOCK_N), num_splits)", "(tl.cdiv(kv_len, BLOCK_N) // num_splits)"),
     ("kernels/flash_decoding.py", "(pid_h * group + offs_h[:, None]) * stride_qh", "(pid_h + offs_h[:, None]) * stride_qh"),

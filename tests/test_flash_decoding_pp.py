@@ -1,3 +1,4 @@
+import importlib.metadata
 import json
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ PLANTED_BUGS = [
     ("kernels/flash_decoding_pp.py", 'low = tl.minimum(low, tl.where(valid, e, float("inf")))', "low = tl.minimum(low, e)"),
     ("kernels/flash_decoding_pp.py", 'e = tl.where(valid, e, float("-inf"))', "e = e"),
     ("kernels/flash_decoding_pp.py", "p = tl.exp2(e * LOG2E)", "p = tl.exp2(e)"),
+    ("kernels/flash_decoding_pp.py", "positive_scale(sm_scale, head_dim), float(phi)", "args.scale(sm_scale, head_dim), float(phi)"),
     ("kernels/flash_decoding_pp.py", "    acc += dot(p, v)\n    return l + p.to(tl.float32),",
      "    acc += dot(p, v)\n    return l + tl.exp2(e * LOG2E),"),
     ("kernels/flash_decoding_pp.py", "1.0), lse, again,", "1.0), lse, mask_h,"),
@@ -94,6 +96,13 @@ def test_rows_within_bounds_do_not_depend_on_their_neighbours(device):
     o, recomputed = pp.unified_decoding(q, k, v, kv_lens, phi=0.0, bounds=(-30.0, 30.0), num_splits=2)
     assert recomputed.tolist() == [[False, False, True, False]]
     assert torch.equal(o[0, [0, 1, 3]], quiet[0, [0, 1, 3]])
+
+
+@pytest.mark.parametrize("sm_scale", [0.0, -0.1, float("nan"), "x"])
+def test_a_scale_that_is_not_positive(sm_scale, device):
+    q, k, v, kv_lens = DecodeCase("", (130,)).tensors(device)
+    with pytest.raises(ValueError, match=r"^sm_scale: got .*, expected a positive number"):
+        pp.unified_decoding(q, k, v, kv_lens, phi=0.0, bounds=(-9.0, 9.0), sm_scale=sm_scale)
 
 
 @pytest.mark.parametrize("dtype, phi, sm_scale", [(F32, 150.0, 1.0), (BF16, -150.0, 1.0), (F16, 0.0, 40.0)], ids=str)
@@ -277,7 +286,7 @@ def test_dataflow_on_disk(tmp_path):
     flow.save(path)
     again = ref.Dataflow.load(path)
     assert vars(again) == vars(flow)
-    assert again.versions["torch"] == torch.__version__
+    assert again.versions["torch"] == importlib.metadata.version("torch")  # without the +cu130 of torch.__version__
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"device": "NVIDIA H9000"}))
     with pytest.raises(ValueError, match=r"flow.json was measured on NVIDIA H9000, this machine has .*any_device=True"):

@@ -316,7 +316,8 @@ def test_rope_of_a_transposed_product(device):
     assert all(map(torch.equal, got, want))
 
 
-def test_bad_input_is_named(device):
+def test_bad_input_is_named(device, monkeypatch):
+    monkeypatch.setenv("LAB_CHECK", "1")  # look at values also where they live on a GPU
     x, w = torch.zeros(2, 8, device=device), torch.zeros(8, device=device)
     q, a = torch.zeros(3, 2, 8, device=device), torch.zeros(3, 4, device=device)
     pages, slots = torch.zeros(2, 4, 1, 8, device=device), torch.zeros(3, dtype=torch.int64, device=device)

@@ -49,6 +49,7 @@ ALL = {
     "predict": lambda: player.predict("speed-up", "How many times faster?", "x"),
     "reveal": lambda: player.reveal("speed-up", 8.3, "x", source="H200, 2026-01-01"),
     "nothing recorded": lambda: player.reveal("speed-up", None, "x", source="No measurement yet."),
+    "published": lambda: player.reveal("speed-up", None, "x", source="No measurement yet.", published=(35.7, "One A100.")),
 }
 every = pytest.mark.parametrize("make", ALL.values(), ids=ALL)
 
@@ -66,6 +67,13 @@ def test_same_call_same_bytes_and_self_contained(make):
     assert html.count("<figure") == html.count("</figure>") == 1
     assert "aria-live" in html
     assert 'role="group"' in html
+
+
+def test_a_published_answer_stands_in_for_a_record():
+    assert repr(ALL["published"]()) == "Published, not ours: 35.7 x. One A100."
+    assert data(ALL["published"]()._repr_html_())["answer"] == 35.7
+    kept = player.reveal("speed-up", 8.3, "x", source="H200", published=(35.7, "One A100."))
+    assert repr(kept) == "Recorded: 8.3 x. H200"
 
 
 @pytest.mark.parametrize("make", [stepper, timeline, explorer])

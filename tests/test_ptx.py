@@ -161,7 +161,7 @@ def test_floats(name):
 
 @pytest.mark.parametrize(
     ("name", "function", "error"),
-    [("ex2.approx.ftz.f32", torch.exp2, 2.0**-22), ("rsqrt.approx.ftz.f32", torch.rsqrt, 2.0**-22),
+    [("ex2.approx.ftz.f32", torch.exp2, 2.0**-22), ("ex2.approx.f32", torch.exp2, 2.0**-22), ("rsqrt.approx.ftz.f32", torch.rsqrt, 2.0**-22),
      ("lg2.approx.ftz.f32", torch.log2, 2.0**-22)],
 )  # fmt: skip
 def test_approximations_are_off_by_what_they_may(name, function, error):
@@ -236,6 +236,12 @@ WRONG = {
         "a read of what program 0 wrote|a write of what another program has read", "nop.atom;",
         "bar.sync 0; ld.param.b64 %rd5, [k_param_0]; @%p1 atom.global.gpu.acq_rel.add.u32 %r5, [%rd5 + 128], 1; bar.sync 0;",
     ),
+    "a relaxed atomic, read": (
+        "setp.eq.b32 %p1, %r0, 0; setp.eq.b32 %p2, %r1, 0; and.pred %p3, %p1, %p2; @%p3 st.global.b32 [%rd0], 5;"
+        "bar.sync 0; ld.param.b64 %rd5, [k_param_0]; @%p1 atom.global.gpu.relaxed.add.u32 %r5, [%rd5 + 128], 1; bar.sync 0;"
+        "ld.global.b32 %r3, [%rd0];",
+        "a read of what program 0 wrote|a write of what another program has read", "relaxed", "acq_rel",
+    ),
     "a shuffle of some lanes": (
         "setp.lt.u32 %p1, %r0, 7; @%p1 bra $over; shfl.sync.bfly.b32 %r5, %r0, 1, 31, -1; $over:",
         "only the lanes ffffff80 are here", "%r0, 7", "%r0, 0",
@@ -254,10 +260,16 @@ WRONG = {
 }  # fmt: skip
 
 
+def test_atomics_add_numbers_of_all_programs():
+    x = torch.zeros(64)
+    run("mov.b32 %r3, 0f3F000000; atom.global.gpu.relaxed.add.f32 %r4, [%rd0 + 8], %r3;", x, programs=3)  # 0.5
+    assert x.tolist() == [0.0, 0.0, 96.0, *[0.0] * 61]
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_finds(case):
     body, message, wrong, right = WRONG[case]
-    several = 3 if case in ("one byte, two programs", "read before the atomic") else 1
+    several = 3 if case in ("one byte, two programs", "read before the atomic", "a relaxed atomic, read") else 1
     memory = torch.zeros(64, dtype=torch.int32)
 
     def go(body, programs):

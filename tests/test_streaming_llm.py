@@ -8,7 +8,7 @@ from fresh_memory import nan_in_fresh_memory
 
 import kernels.attention
 import kernels.streaming_llm as sl
-from labkit import record, trace
+from labkit import corpus, record, trace
 from labkit import streaming_llm as ref
 from labkit import streaming_llm_study as study
 from labkit.attention import attention, decode_attention
@@ -440,6 +440,8 @@ def test_ways_agree_where_they_have_to():
 
 def test_the_slice_on_record():
     """The record's slice is what the committed weights give."""
+    if corpus.left_out("held_out"):
+        pytest.skip(corpus.differs())
     recorded = record.experiment("streaming_llm").samples[0]["slice"]
     assert study.slice_bits(Llama.from_pretrained(TEACHER)) == pytest.approx(recorded, abs=1e-3)
 

@@ -1,6 +1,7 @@
 """The results page: what is counted as won, tied and lost, honest when empty, and the headlines of all records."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 import kernels
 from labkit import bench, record, summary
+from labkit.provenance import ROOT
 from labkit.record import CEILING, Row
 
 SHARED = dict(device="Test GPU", driver="1", torch="2", triton="3", date="2026-01-01 00:00:00", commit="abc")
@@ -41,6 +43,57 @@ def test_won_tied_lost_and_without_a_peer(tmp_path):
     assert summary.comparison(folder, "other", cases, {}) is None
     assert summary.state(folder) == ["Test GPU: 2026-01-01 00:00:00 UTC, commit abc, driver 1, torch 2, triton 3"]
     assert not found.changed
+
+
+def stage(name, verdict, **changes):
+    return row(name, "-m pytest", [], topic="metal", bytes=0, error=None, verdict=verdict, mode="", **changes)
+
+
+def test_the_stages_on_the_metal(tmp_path):
+    assert summary.metal(tmp_path) == {}
+    stages = [stage("tests", "ok: 900 passed (120 s)"), stage("memcheck", "not run: compute-sanitizer is missing")]
+    later = stage("tune", "failed: a trial (9 s)", date="2026-01-02 00:00:00")
+    record.save([*stages, later], tmp_path / "test-gpu" / "metal.json")
+    first, second = summary.metal(tmp_path).items()
+    assert first[0] == "Test GPU: 2026-01-01 00:00:00 UTC, commit abc, driver 1, torch 2, triton 3"
+    assert first[1] == ["tests       ok: 900 passed (120 s)", "memcheck    not run: compute-sanitizer is missing"]
+    assert "2026-01-02" in second[0]
+    assert second[1] == ["tune        failed: a trial (9 s)"]
+    assert summary.gpus(tmp_path) == [], "stages are no measurements"
+
+
+def test_stages_are_not_counted_among_measurements(tmp_path):
+    folder = tmp_path / "test-gpu"
+    record.save([row("one", "kernel", [1.0])], folder / "t.json")
+    record.save([stage("tests", "ok: 1 passed", date="2027-01-01 00:00:00")], folder / "metal.json")
+    assert summary.gpus(tmp_path) == [folder]
+    assert summary.measured(folder) == [folder / "t.json"]
+    assert len(summary.state(folder)) == 1
+    assert "2027" not in summary.state(folder)[0]
+
+
+def test_the_first_page_says_whether_a_gpu_was_measured():
+    text = (ROOT / "chapters" / "intro.md").read_text(encoding="utf-8")
+    assert ("No GPU has measured these kernels yet" in text) == (not summary.gpus())
+
+
+def test_minutes_of_a_notebook(tmp_path):
+    cells = [{"cell_type": "markdown", "source": ["one two\n", "three"], "metadata": {}}]
+    source, metadata = ["a = 1\n", "b"], {"tags": ["hide-input"]}
+    html = {"data": {"text/html": "<style>x y z</style><b>four</b>", "text/plain": "five six"}}
+    shown = {"data": {"text/markdown": "From x:\n\n```python\n1\n```", "text/plain": "no words"}}
+    cells.append({"cell_type": "code", "source": source, "metadata": {}, "outputs": [{"text": ["seven eight\n"]}, html]})
+    cells.append({"cell_type": "code", "source": source, "metadata": metadata, "outputs": [shown]})
+    path = tmp_path / "n.ipynb"
+    path.write_text(json.dumps({"cells": cells}), encoding="utf-8")
+    assert summary.minutes(path) == pytest.approx(6 / 150 + (2 + 4) / 10)
+
+
+def test_the_first_page_says_how_long_a_chapter_takes():
+    text = (ROOT / "chapters" / "intro.md").read_text(encoding="utf-8")
+    said = [int(x) for x in re.search(r"\| minutes \|(.*)\|", text)[1].split("|")]
+    for path, minutes in zip(sorted((ROOT / "chapters").glob("[0-9][0-9]_*.ipynb")), said, strict=True):
+        assert abs(summary.minutes(path) - minutes) < 20, f"{path.name}: about {summary.minutes(path):.0f} minutes"
 
 
 EXPERIMENTS = summary.experiments()

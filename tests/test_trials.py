@@ -22,6 +22,7 @@ PLANTED_BUGS = [
     ("labkit/trials.py", "arguments=case.arguments | trial.options, rules", "rules"),
     ("labkit/trials.py", 'return f"spills ({facts[\'spills\']}', 'return "" and f"({facts[\'spills\']}'),
     ("labkit/trials.py", "least <= gain <= most", "least <= gain"),
+    ("labkit/trials.py", "return function_of(trial).partition(\":\")[0].partition(\".\")[2]", "return trial.topic"),
     ("labkit/trials.py", "extra=[trial.options, trial.rules]", "extra=[trial.options]"),
     ("labkit/trials.py", "'a tie' if tie else", "'a tie' if not tie else"),
     ("labkit/trials.py", "self.measured.ratio(name, self.measured.cases[name].op, CHANGED)", "self.measured.ratio(name, CHANGED)"),
@@ -169,9 +170,20 @@ def test_what_the_compiler_rules_out(gain, facts, outcome):
 
 def test_what_the_change_did_to_the_kernel():
     other = FACTS | {"registers": 90, "loops": [[120, 40, 0], [160, 40, 0]]}
-    line = log_of(TRIALS[0], (), other).lines(TRIALS[0].topic)[1]
+    line = log_of(TRIALS[0], (), other).lines("flash_decoding")[1]
     assert line[3] == "registers 80 \N{RIGHTWARDS ARROW} 90\ninstr. / byte 2.0 \N{RIGHTWARDS ARROW} 3.0"
-    assert log_of(TRIALS[0]).lines(TRIALS[0].topic)[1][3] == "the same resources"
+    assert log_of(TRIALS[0]).lines("flash_decoding")[1][3] == "the same resources"
+
+
+def test_prefill_has_a_heading_of_its_own():
+    """Its trials are timed by the topic gqa, and stand under the file of their kernel."""
+    compiled = trials.load()
+    log = Log(compiled, [], [t for t in TRIALS if t.topic in ("gqa", "batching")])
+    assert log.headings() == ["gqa", "attention", "batching"]
+    assert [line[0].splitlines()[0] for line in log.lines("gqa")[1:]] == ["one query head a program"]
+    prefill = [t.name for t in TRIALS if t.name.startswith("prefill: ")]
+    assert [line[1] for line in log.lines("attention")[1:]] == [log.trials[name].because for name in prefill]
+    assert log._repr_html_().count("<strong>") == 3
 
 
 @pytest.fixture

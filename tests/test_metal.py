@@ -1,0 +1,80 @@
+"""The one command for a GPU: stages that pass, fail, hang, or cannot run here, and what is written of them."""
+
+import sys
+import time
+
+import pytest
+
+from labkit import bench, metal, record
+from labkit.metal import Stage
+
+NOW = dict(device="Test GPU", driver="1", torch="2", triton="3", date="2026-01-01 00:00:00", commit="abc")
+SLEEPER = "import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+
+
+def script(text, seconds=60.0, **more):
+    return Stage(("-c", text), seconds, **more)
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A machine that says it has a GPU, stages of our own, an empty results folder."""
+    monkeypatch.setattr(bench, "this_gpu", lambda: bench.Machine("cpu", NOW))
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    stages = {"good": script("print('3 passed')"), "bad": script("print('1 failed'); raise SystemExit(1)")}
+    monkeypatch.setattr(metal, "STAGES", stages)
+    return tmp_path / "test-gpu" / "metal.json"
+
+
+def test_what_came_of_each_stage_is_kept(gpu, capsys):
+    assert metal.run(["good", "bad"]) == 1
+    rows = {row.case: row for row in record.load(gpu)}
+    assert rows["good"].verdict.startswith("ok: 3 passed (")
+    assert rows["bad"].verdict.startswith("failed: 1 failed (")
+    assert all(not row.ran and row.us == [] and row.device == "Test GPU" for row in rows.values())
+    out = capsys.readouterr().out
+    assert out.index("3 passed") < out.index("== good") < out.index("1 failed")
+    metal.STAGES["bad"] = script("print('4 passed')")
+    assert metal.run(["bad"]) == 0
+    assert {row.case: row.verdict[:12] for row in record.load(gpu)} == {"good": "ok: 3 passed", "bad": "ok: 4 passed"}
+
+
+def test_one_that_hangs_is_stopped_with_all_it_started(gpu, monkeypatch):
+    monkeypatch.setattr(metal, "LEAST", 0.0)
+    start = time.monotonic()
+    verdict = metal.run_stage(script(SLEEPER, seconds=3.0), 100.0)
+    assert verdict.startswith("failed: begun (3 s, stopped: its time was spent")
+    assert time.monotonic() - start < 30  # not the 60 s that its child would sleep, with the pipe open
+
+
+def test_what_cannot_run_says_why(gpu):
+    assert metal.run_stage(script("", tool=("no-such-tool",)), 100.0) == "not run: no-such-tool is missing"
+    assert metal.run_stage(script("", needs="no_such_module"), 100.0) == "not run: the package no_such_module is missing"
+    assert metal.run_stage(script(""), metal.LEAST - 1) == "not run: the time was spent"
+    assert metal.run_stage(script(""), 100.0, dry=True) == "not run: it has no rehearsal"
+
+
+def test_the_time_is_shared(gpu):
+    """A stage is told how long it may take, if it asks: the record stops itself and keeps what it has."""
+    told = Stage(("-c", "import sys; print(sys.argv[1:])", "record"), 490.0)
+    assert "['record', '--seconds', '90']" in metal.run_stage(told, 100.0)
+    assert "['record', '--seconds', '480']" in metal.run_stage(told, 1000.0)
+
+
+def test_without_a_gpu(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "this_gpu", lambda: None)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    assert metal.run(["tests"]) == 1
+    assert "No usable GPU here: nothing was run." in capsys.readouterr().out
+    monkeypatch.setattr(metal, "STAGES", {"good": script("print('full')", dry=("-c", "print('rehearsed')"))})
+    assert metal.run(["good"], dry=True) == 0
+    assert "ok: rehearsed" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_stages_are_commands_that_exist():
+    for name, stage in metal.STAGES.items():
+        assert stage.arguments[0] == "-m", name
+        assert stage.seconds < metal.SECONDS
+    assert list(metal.STAGES)[:2] == ["tests", "record"]  # what no other machine can tell comes first
+    assert sys.executable
