@@ -24,7 +24,7 @@ IN_LAYER = [
     ("RoPE, write K V", [(3, "fusion", "rotates and stores in one kernel"), (8, "slots", "says where the keys go")]),
     ("attention", [
         (1, "splits", "cuts the keys, so that the whole GPU reads"), (2, "one max", "needs no running maximum"),
-        (6, "sinks", "keeps the first and the last tokens only"), (7, "groups", "reads keys and values once a group"),
+        (6, "sinks", "keeps the first and the last tokens only"), (7, "groups", "reads keys and values once per group"),
     ]),
     ("output product", [FLAT]),
     ("norm, MLP", [

@@ -5,7 +5,7 @@ bytes at the datasheet's bandwidth, or than its operations at the peak rate. Lau
 communication and everything else that makes a real step slower are left out: the time is a floor.
 
 `FORMULAS` is the one source. They are written in what Python and JavaScript have in common, so the player of
-`labkit.simulator` runs the same text in a reader's browser. bf16: 2 bytes a number. Bytes and seconds throughout.
+`labkit.simulator` runs the same text in a reader's browser. bf16: 2 bytes per number. Bytes and seconds throughout.
 """
 
 import math
@@ -35,8 +35,8 @@ FORMULAS = {
     "embedding": ("vocab * hidden", "", "numbers in the input embedding, and as many in the output's"),
     "weights": (
         "2 * params - pruned * 0.875 * (params - 2 * embedding)", "bytes",
-        "2:4 stores 1.125 bytes a weight instead of 2, embeddings stay dense (chapter 4)"),
-    "kv_token": ("4 * num_layers * kv_heads * head_dim", "bytes", "K and V of one token, 2 bytes a number"),
+        "2:4 stores 1.125 bytes per weight instead of 2, embeddings stay dense (chapter 4)"),
+    "kv_token": ("4 * num_layers * kv_heads * head_dim", "bytes", "K and V of one token, 2 bytes per number"),
     "kept": (
         "context + streaming * (min(context, 2048) - context)", "tokens", "of a sequence, in the cache (chapter 6)"),
     "reserved": (

@@ -8,7 +8,7 @@ import pytest
 from browser import chromium, operate, page
 from bs4 import BeautifulSoup
 
-from labkit import gqa, paged_attention, pruning, simulator, step_map, step_model
+from labkit import bench, fusion, gqa, paged_attention, pruning, record, roofline, simulator, step_map, step_model
 from labkit.gpus import GPUS
 from labkit.model import Config, Llama
 from labkit.provenance import ROOT
@@ -143,6 +143,56 @@ def test_the_map_names_every_chapter_and_says_what_a_link_is():
     assert all(float(r["x"]) + float(r["width"]) <= 380 for r in drawn)
 
 
+def test_points_are_those_of_the_cases():
+    """Bytes and operations come from the topics, and the counted ones from formulas that one can check by hand."""
+    points = {point.words: point for point in roofline.points()}
+    assert len(points) == len(roofline.OPERATIONS) + len(roofline.LAUNCHED)
+    for words, topic, name, *_ in roofline.OPERATIONS:
+        (case,) = (case for case in bench.topic_cases(topic) if case.name == name)
+        assert points[words].bytes == case.bytes
+        assert points[words].flops == case.flops or case.flops == 0 < points[words].flops
+        assert points[words].us is None or points[words].us > 0
+    numbers = 64 * 14336  # a sigmoid and two products; 3 x 2 bytes a number in one kernel, 5 x 2 in two
+    one, two = points["SwiGLU, one kernel"], points["SwiGLU, two kernels"]
+    assert (one.flops, one.bytes, two.flops, two.bytes) == (3 * numbers, 6 * numbers, 3 * numbers, 10 * numbers)
+    rows, width = 64, 4096  # add, square, mean, two products a number; add and root a row
+    assert points["residual + RMSNorm"].flops == 5 * rows * width + 2 * rows
+
+
+def test_what_an_operation_counts():
+    import torch
+
+    x = torch.empty(3, 4, dtype=torch.bfloat16)
+    traced = roofline._traced(lambda x: (x.float().exp() + 1).sum(), {"x": x})
+    assert roofline.count(traced) == 3 * 12, "exp, add and sum; not the change of type"
+    assert roofline.moved(traced) == 12 * (2 + 4 + 4 + 4 + 4 + 4 + 4) + 4, "each a kernel, the change of type too"
+    assert roofline.count(roofline._traced(fusion.softmax, {"x": x}, split=True)) > 3 * 12
+
+
+def test_roofs():
+    for gpu in GPUS.values():
+        ridge = gpu.flops_per_byte
+        assert roofline.attainable(gpu, ridge) == pytest.approx(gpu.bf16_flops)
+        assert roofline.attainable(gpu, ridge / 4) == pytest.approx(gpu.bf16_flops / 4)
+        assert roofline.attainable(gpu, 4 * ridge) == gpu.bf16_flops
+
+
+def test_a_recorded_point(tmp_path):
+    """Its time is the median of our own kernel, on that GPU; a peer, another GPU or a row that did not run is none."""
+    (prefill,) = (o for o in roofline.OPERATIONS if o[0] == "prefill attention")
+    shared = record.stamp("NVIDIA H200") | {"source_hash": ""}
+    us = {"SDPA flash": [1.0], "attention": [50.0, 70.0, 60.0]}
+    rows = [record.Row("gqa", prefill[2], name, True, x, 1, 0.0, "ok: -", "graph", **shared) for name, x in us.items()]
+    rows += [record.Row("gqa", roofline.OPERATIONS[2][2], "gqa_decoding", False, [], 1, 0.0, "not run: -", "", **shared)]
+    record.save(rows, tmp_path / "nvidia-h200" / "gqa.json")
+    measured = {point.words: point.us for point in roofline.points(results=tmp_path)}
+    assert {words: us for words, us in measured.items() if us} == {"prefill attention": 60.0}
+    assert not any(point.us for point in roofline.points("B200", tmp_path))
+    figure = roofline.draw(roofline.points(results=tmp_path), name="fig-t", caption="c", alt="a b c d e")
+    bare = roofline.draw(roofline.points("B200", tmp_path), name="fig-t", caption="c", alt="a b c d e")
+    assert figure.png != bare.png
+
+
 def test_in_a_browser(tmp_path):
     """What simulator.js draws is what Python draws: every bar, every number, the text; and the keyboard works it."""
     path = tmp_path / "index.html"
@@ -188,5 +238,10 @@ PLANTED_BUGS = [
     ("labkit/simulator.js", "s.weights + s.used, s.weights + s.used + s.empty", "s.weights + s.used, s.weights + s.empty"),
     ("labkit/simulator.js", "switches.map(() => 0)", "switches.map(() => 1)"),
     ("labkit/simulator.js", 'none ? "-" :', 'false ? "-" :'),
+    ("labkit/roofline.py", "min(gpu.bf16_flops, intensity * gpu.bandwidth)", "intensity * gpu.bandwidth"),
+    ("labkit/roofline.py", "max(read, made) for name, read, made", "made for name, read, made"),
+    ("labkit/roofline.py", 'FREE - {"_to_copy"}', "FREE"),
+    ("labkit/roofline.py", "(row.case, row.provider) == (name, case.op)", "row.case == name"),
+    ("labkit/roofline.py", "median(row.us)", "min(row.us)"),
     ("labkit/step_map.py", 'aria-label="{what}"><title>{what}', 'aria-label="{words}"><title>{what}'),
 ]
