@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from nbclient.exceptions import CellExecutionError
 
-from labkit import notebooks
+from labkit import corpus, notebooks
 from labkit.notebooks import CHAPTERS, ROOT
 
 DRAFT = '''# Sample
@@ -213,6 +213,24 @@ def test_nbval_notices_a_changed_output(sample):
     notebooks.write(notebook, path)
     assert nbval("--nbval", path) == [2, 4]
     assert nbval("--nbval-lax", path) == [4]
+
+
+def test_what_needs_the_pinned_text_is_skipped_where_it_is_another(sample, monkeypatch, capfd):
+    """A cell that compares with a record on pinned text runs where the text is there, and is left out elsewhere."""
+    source = "from labkit import corpus\n\nassert not corpus.differs.__name__ == 'differs'"  # fails wherever it runs
+    cells = [notebooks.nbformat.v4.new_code_cell(source, metadata={"tags": ["pinned-text"]})]
+    path = sample.with_name("pinned.ipynb")
+    notebooks.write(notebooks.tidy(notebooks.nbformat.v4.new_notebook(cells=cells), new_ids=True), path)
+    args = ["-q", "-p", "nbval.plugin"]
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setattr(corpus, "differs", lambda: "")
+    assert notebooks.nbval([path], args) == 1
+    assert "1 failed" in capfd.readouterr().out
+    monkeypatch.setattr(corpus, "differs", lambda: "this Python has another heapq.py")
+    assert notebooks.nbval([path], args) == 0
+    out = capfd.readouterr().out
+    assert "skips the cells tagged pinned-text, this Python has another heapq.py" in out
+    assert "1 skipped" in out
 
 
 def test_setup_differs(monkeypatch):

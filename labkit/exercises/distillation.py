@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from labkit.distillation import kd_loss
-from labkit.exercises import exercise, expect
+from labkit.exercises import device, exercise, expect, kernel_exercise
 
 
 def _logits(seed, *shape):
@@ -28,8 +28,11 @@ def _logits(seed, *shape):
     ],
 )
 def soft_loss(z, t, temperature):
-    """The soft half of Hinton's loss: KL from teacher to student at a temperature, so scaled that gradients keep their
-    size. z, t [rows, V]: logits of student and teacher. The mean over the rows."""
+    """The soft half of Hinton's loss: KL from teacher to student at a temperature.
+
+    So scaled that gradients keep their size. z, t [rows, V]: logits of student and teacher.
+    The mean over the rows.
+    """
     # >>> your code
     logq, logp = (z / temperature).log_softmax(-1), (t / temperature).log_softmax(-1)
     loss = temperature**2 * (logp.exp() * (logp - logq)).sum(-1).mean()
@@ -112,9 +115,10 @@ def _(fn):
     ],
 )
 def gkd_divergence(p, q, beta):
-    """GKD's divergence of teacher p and student q, [V] each and positive, for any beta from 0 to 1.
+    """GKD's divergence of teacher p and student q, [V] each and positive; beta from 0 to 1.
 
-    beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q; at the ends what its users expect.
+    beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
+    At the ends what its users expect.
     """
 
     def kl(a, b):
@@ -160,7 +164,10 @@ def _(fn):
     ],
 )
 def reverse_kl_gradient(z, t):
-    """The gradient of KL(student || teacher) for the student's logits, by hand (no autograd). z, t [V] -> [V]."""
+    """The gradient of KL(student || teacher) for the student's logits, by hand: no autograd.
+
+    z, t [V]: logits of student and teacher. Returns [V].
+    """
     q, p = z.softmax(-1), t.softmax(-1)
     # >>> your code
     f = q.log() - p.log()
@@ -183,3 +190,72 @@ def _(fn):
     z, t = _logits(9, 8)
     expect(float(fn(z, t).sum()), 0.0, "sum of the gradient")
     expect(float(fn(z, t).abs().max() > 1e-3), 1.0, "there is a gradient")
+
+
+@kernel_exercise(
+    hints=[
+        "Two online softmaxes side by side. KL = sum p (log2 p - log2 q), with log2 q = z - m_z - log2 l_z.",
+        "Carry the sum of exp2(t - m_t) * (t - z) too. When m_t moves, it shrinks by the same factor as l_t.",
+        "Behind the row's end z and t have to be -inf: exp2(0 - m) is not 0. But -inf - -inf is NaN: tl.where.",
+        "KL = total / l_t + m_z + log2 l_z - m_t - log2 l_t; that in bits, so times ln 2 = 0.6931472, and T^2.",
+    ],
+    bugs=[
+        ("z = tl.load(z_ptr + offs, mask=mask, other=-INF)", "z = tl.load(z_ptr + offs, mask=mask, other=0.0)",
+         "tokens behind the row's end take part, with logits of 0"),
+        ("z = tl.load(z_ptr + offs, mask=mask, other=-INF)", "z = tl.where(mask, tl.load(z_ptr + offs), -INF)",
+         "reads behind the row's end and throws it away: only compiled code tells"),
+        ("T * T * 0.6931472 * kl", "0.6931472 * kl", "the T^2 is missing"),
+        ("total = total * shrink +", "total = total +", "the sum so far belongs to an older maximum"),
+        ("tl.where(mask, weight * (t - z), 0.0)", "weight * (t - z)", "NaN behind the row's end"),
+        ("tl.sum(tl.exp2(z - new_z), 0)", "tl.sum(tl.exp2(z - new_t), 0)", "the teacher's maximum, the student's sum"),
+    ],
+)  # fmt: skip
+def row_kl(z_ptr, t_ptr, out_ptr, vocab, T, BLOCK: "tl.constexpr", INF: "tl.constexpr"):
+    """out[row] = T^2 KL(teacher || student) of a row, at temperature T, in one walk along the row.
+
+    z (student), t (teacher) [rows, vocab], fp32; BLOCK logits a step, one program per row.
+    As kernels do, count in powers of two: logits times scale, then tl.exp2 and tl.log2.
+    """
+    scale = 1.4426950408889634 / T  # log2(e) / T
+    z_ptr, t_ptr = z_ptr + tl.program_id(0) * vocab, t_ptr + tl.program_id(0) * vocab
+    m_z, m_t, l_z, l_t, total = -INF, -INF, 0.0, 0.0, 0.0  # total: of weight * (t - z)
+    # >>> your code
+    for start in range(0, vocab, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        mask = offs < vocab
+        z = tl.load(z_ptr + offs, mask=mask, other=-INF) * scale
+        t = tl.load(t_ptr + offs, mask=mask, other=-INF) * scale
+        new_z, new_t = tl.maximum(m_z, tl.max(z, 0)), tl.maximum(m_t, tl.max(t, 0))
+        weight, shrink = tl.exp2(t - new_t), tl.exp2(m_t - new_t)
+        l_z = l_z * tl.exp2(m_z - new_z) + tl.sum(tl.exp2(z - new_z), 0)
+        l_t = l_t * shrink + tl.sum(weight, 0)
+        total = total * shrink + tl.sum(tl.where(mask, weight * (t - z), 0.0), 0)
+        m_z, m_t = new_z, new_t
+    kl = total / l_t + m_z + tl.log2(l_z) - m_t - tl.log2(l_t)
+    tl.store(out_ptr + tl.program_id(0), T * T * 0.6931472 * kl)
+    # <<< your code
+
+
+def _row_kl(fn, rows, vocab, temperature, ascending=False):
+    z, t = (x.float() for x in _logits(10, rows, vocab))
+    if ascending:
+        z, t = z.sort(dim=-1).values, t.sort(dim=-1).values
+    out = torch.zeros(rows, device=device())
+    fn[(rows,)](z.to(device()), t.to(device()), out, vocab, temperature, BLOCK=32, INF=float("inf"))
+    want = [kd_loss(z[i : i + 1], t[i : i + 1], temperature=temperature) for i in range(rows)]
+    expect(out.cpu(), torch.stack(want), "out", atol=1e-4, rtol=1e-4)
+
+
+@row_kl.case("one tile, full, at temperature 1")
+def _(fn):
+    _row_kl(fn, 2, 32, 1.0)
+
+
+@row_kl.case("two rows of 77 tokens at temperature 2: the last tile is not full")
+def _(fn):
+    _row_kl(fn, 2, 77, 2.0)
+
+
+@row_kl.case("ascending logits: both maxima move with every tile")
+def _(fn):
+    _row_kl(fn, 1, 96, 1.0, ascending=True)

@@ -5,7 +5,7 @@ import math
 import torch
 
 from labkit.attention import decode_attention
-from labkit.exercises import exercise, expect
+from labkit.exercises import device, exercise, expect, kernel_exercise
 
 
 def _scores(seed, *shape):
@@ -29,8 +29,8 @@ def _scores(seed, *shape):
 def online_softmax_step(m, l, acc, scores, v):
     """One block of the online softmax.
 
-    m, l: running maximum and denominator, scalars; acc [D]: unnormalised output; scores [N]: the block's scores;
-    v [N, D]: its values. Returns the new (m, l, acc).
+    m, l: running maximum and denominator, scalars; acc [D]: unnormalised output;
+    scores [N]: the block's scores; v [N, D]: its values. Returns the new (m, l, acc).
     """
     # >>> your code
     m_new = torch.maximum(m, scores.max())
@@ -91,8 +91,8 @@ def _(fn):
 def merge_two(o_a, lse_a, o_b, lse_b):
     """Merge the attention over two disjoint sets of keys.
 
-    o_a, o_b [B, Hq, D]; lse_a, lse_b [B, Hq]; an empty half has o 0 and lse -inf. Returns (o, lse) over both; if both
-    are empty, o is 0 and lse -inf.
+    o_a, o_b [B, Hq, D]; lse_a, lse_b [B, Hq]; an empty half has o 0 and lse -inf.
+    Returns (o, lse) over both; if both are empty, o is 0 and lse -inf.
     """
     # >>> your code
     lse = torch.logaddexp(lse_a, lse_b)
@@ -160,14 +160,16 @@ def _(fn):
 def split_bounds(kv_len, num_splits, block):
     """Cut [0, kv_len) into num_splits ranges of whole blocks, the last block possibly partial.
 
-    Returns a list of num_splits pairs (start, stop). The ranges follow each other, cover every key once, hold
-    ceil(num_blocks / num_splits) blocks each until the keys run out, and are (kv_len, kv_len) when empty.
+    Returns a list of num_splits pairs (start, stop). The ranges follow each other, cover every key
+    once, hold ceil(num_blocks / num_splits) blocks each until the keys run out, and are
+    (kv_len, kv_len) when empty.
     """
     # >>> your code
     num_blocks = -(-kv_len // block)
     per_split = -(-num_blocks // num_splits)
     bounds = [
-        (min(s * per_split * block, kv_len), min((s + 1) * per_split * block, kv_len)) for s in range(num_splits)
+        (min(s * per_split * block, kv_len), min((s + 1) * per_split * block, kv_len))
+        for s in range(num_splits)
     ]
     # <<< your code
     return bounds
@@ -208,7 +210,7 @@ def _(fn):
     ],
 )
 def floor_us(batch, kv_len, num_kv_heads, head_dim, bytes_per_number, gb_per_s):
-    """The least time of one decode step's attention in one layer, in microseconds, if memory bandwidth is the limit.
+    """The least microseconds of one decode step's attention in one layer, if memory is the limit.
 
     gb_per_s: memory bandwidth in 1e9 bytes per second. Queries and outputs are too small to count.
     """
@@ -227,3 +229,73 @@ def _(fn):
 @floor_us.case("it grows with the batch")
 def _(fn):
     expect(fn(8, 4096, 8, 128, 2, 4800), 27.962027, "us")
+
+
+@kernel_exercise(
+    hints=[
+        "Key n of head h begins at k_ptr + (n * H + h) * D. The last tile reaches past kv_len: mask both loads.",
+        "A masked key has the score -inf, and so no weight; a score of 0 would have some.",
+        "s = tl.where(mask, tl.sum(q[None, :] * k, 1), float('-inf')), then the step of exercise 1 in powers of two.",
+    ],
+    bugs=[
+        ("k_ptr + at, mask=mask[:, None], other=0.0", "k_ptr + at", "K has no mask: only compiled code tells"),
+        ("v_ptr + at, mask=mask[:, None], other=0.0", "v_ptr + at", "V has no mask"),
+        ('tl.where(mask, tl.sum(q[None, :] * k, 1), float("-inf"))', "tl.sum(q[None, :] * k, 1)", "masked keys count"),
+        ("tl.exp2(m - m_new)", "tl.exp2(m_new - m)", "the factor upside down"),
+        ("acc = acc * alpha + ", "acc += ", "the output is not rescaled"),
+        ("l = l * alpha + ", "l += ", "the denominator is not rescaled"),
+        ("* H + tl.program_id(0)) * D", "* H) * D", "every program reads the first head"),
+    ],
+)
+def attend_keys(
+    q_ptr, k_ptr, v_ptr, o_ptr, kv_len,
+    H: "tl.constexpr", D: "tl.constexpr", BLOCK: "tl.constexpr",
+):
+    """Attention of one token: program h walks the keys of head h once, BLOCK at a time.
+
+    q [H, D], times log2(e) / sqrt(D): use tl.exp2; k, v [kv_len, H, D]; o [H, D] out. All fp32.
+    """
+    offs_n, offs_d = tl.arange(0, BLOCK), tl.arange(0, D)
+    q = tl.load(q_ptr + tl.program_id(0) * D + offs_d)
+    m, l, acc = float("-inf"), 0.0, tl.zeros([D], tl.float32)
+    for first in range(0, kv_len, BLOCK):
+        # >>> your code
+        mask = first + offs_n < kv_len
+        at = ((first + offs_n[:, None]) * H + tl.program_id(0)) * D + offs_d[None, :]
+        k = tl.load(k_ptr + at, mask=mask[:, None], other=0.0)
+        v = tl.load(v_ptr + at, mask=mask[:, None], other=0.0)
+        s = tl.where(mask, tl.sum(q[None, :] * k, 1), float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 0))
+        alpha, p = tl.exp2(m - m_new), tl.exp2(s - m_new)
+        l = l * alpha + tl.sum(p, 0)
+        acc = acc * alpha + tl.sum(p[:, None] * v, 0)
+        m = m_new
+        # <<< your code
+    tl.store(o_ptr + tl.program_id(0) * D + offs_d, acc / l)
+
+
+def _attend(fn, kv_len, heads, block, scale):
+    """Run the reader's kernel beside plain attention. The tensors end where the last key does."""
+    dim = 16
+    q = scale * _scores(kv_len, heads, dim)
+    k, v = _scores(kv_len + 1, kv_len, heads, dim), _scores(kv_len + 2, kv_len, heads, dim)
+    want = torch.einsum("hl,lhd->hd", torch.einsum("hd,lhd->hl", q, k).softmax(-1), v)
+    q, k, v = (x.to(device()) for x in (q * math.log2(math.e), k, v))
+    o = torch.full_like(q, math.nan)
+    fn[(heads,)](q, k, v, o, kv_len, H=heads, D=dim, BLOCK=block)
+    expect(o.cpu(), want, "o", atol=1e-4)
+
+
+@attend_keys.case("one head, 64 keys in four full tiles")
+def _(fn):
+    _attend(fn, 64, 1, 16, 0.25)
+
+
+@attend_keys.case("three heads, 50 keys: the last tile has two")
+def _(fn):
+    _attend(fn, 50, 3, 16, 0.25)
+
+
+@attend_keys.case("large scores, one key in the last tile")
+def _(fn):
+    _attend(fn, 33, 2, 16, 5.0)

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from labkit.exercises import exercise, expect
+from labkit.exercises import device, exercise, expect, kernel_exercise
 
 
 @exercise(
@@ -23,7 +23,7 @@ from labkit.exercises import exercise, expect
     ],
 )
 def rows_to_recompute(scores, keep, phi, a, b):
-    """Which rows leave the bounds a < score - phi < b, as Figure 6 of the paper does it (but right).
+    """Which rows leave the bounds a < score - phi < b, as the paper's Figure 6 has it (but right).
 
     scores [rows, keys]; keep [rows, keys] bool, False for masked keys. Returns [rows] bool.
     """
@@ -71,9 +71,9 @@ def _(fn):
     ],
 )
 def add_parts(scores, v, phi, cut):
-    """Attention of one query in two parts, keys [0, cut) and [cut, L), that know nothing of each other (Eq. 4).
+    """Attention of one query in two parts that know nothing of each other (Eq. 4).
 
-    scores [L], v [L, D]. Returns the output [D].
+    scores [L], v [L, D]; the parts are keys [0, cut) and [cut, L). Returns the output [D].
     """
     # >>> your code
     num, den = torch.zeros(v.shape[1]), torch.tensor(0.0)
@@ -117,7 +117,10 @@ def _(fn):
     ],
 )
 def choose_phi(low, high, a, b):
-    """The phi that puts scores between low and high into the middle of a < score - phi < b; None if they do not fit."""
+    """The phi that puts scores between low and high into the middle of a < score - phi < b.
+
+    None if they do not fit.
+    """
     # >>> your code
     phi = (low + high - a - b) / 2 if high - low < b - a else None
     # <<< your code
@@ -155,9 +158,10 @@ def _(fn):
     ],
 )
 def switch_points(us_a, us_b, us_c):
-    """The paper's M1 and M2 (section 5) from the times of GEMV, flat GEMM and library: {m: microseconds} each.
+    """The paper's M1 and M2 (section 5) from the times of GEMV (A), flat GEMM (B) and library (C).
 
-    A is used for M < M1, B for M1 <= M < M2, C from M2 on. Both exist in the data given.
+    Times are {m: microseconds}. A is used for M < M1, B for M1 <= M < M2, C from M2 on.
+    Both exist in the data given. Returns (m1, m2).
     """
     # >>> your code
     m1 = min(m for m in us_a if us_b[m] < us_a[m])
@@ -186,3 +190,76 @@ def _(fn):
 def _(fn):
     found = fn(_times(5, 9, 9, 17, 33), _times(8, 8, 11, 8, 16), _times(20, 20, 12, 12, 12))
     expect(tuple(found), (2, 16), "(M1, M2)")
+
+
+@kernel_exercise(
+    hints=[
+        "A key beyond kv_len must not be read, and its p must be 0: load its score as -inf.",
+        "Programs run in any order. tl.atomic_add returns the value before: the last one finds tl.num_programs(0) - 1.",
+        "Store num and den, then tl.debug_barrier(), so that all threads have stored; then count the program in.",
+    ],
+    bugs=[
+        ("tl.atomic_add(arrived_ptr, 1) ==", "s ==",
+         "the program with the last number need not be the last to arrive: only compiled code tells"),
+        ("mask=keep[:, None], other=0.0", "", "reads past the last value"),
+        ("== tl.num_programs(0) - 1", ">= 0", "every program adds up and writes o: only compiled code tells"),
+        ('mask=keep, other=float("-inf")', "mask=keep, other=0.0", "keys beyond kv_len count in den"),
+        ("tl.exp2(x - phi)", "tl.exp2(x - tl.max(x, 0))", "every split uses its own maximum"),
+        ("den += ", "den = ", "only the last part's denominator"),
+    ],
+)
+def add_splits(
+    x_ptr, v_ptr, num_ptr, den_ptr, arrived_ptr, o_ptr, kv_len, phi,
+    D: "tl.constexpr", BLOCK: "tl.constexpr",
+):
+    """Program s takes BLOCK keys: num[s] = sum of 2^(x - phi) v, den[s] = sum of 2^(x - phi).
+
+    The last to arrive writes o [D], the sum of num over the sum of den. x [kv_len], scores times
+    log2(e); v [kv_len, D]; num [S, D] and den [S], scratch; arrived [1], int32, counts from 0.
+    """
+    s, offs_d = tl.program_id(0), tl.arange(0, D)
+    keys = s * BLOCK + tl.arange(0, BLOCK)
+    # >>> your code
+    keep = keys < kv_len
+    x = tl.load(x_ptr + keys, mask=keep, other=float("-inf"))
+    v = tl.load(v_ptr + keys[:, None] * D + offs_d[None, :], mask=keep[:, None], other=0.0)
+    p = tl.exp2(x - phi)
+    tl.store(den_ptr + s, tl.sum(p, 0))
+    tl.store(num_ptr + s * D + offs_d, tl.sum(p[:, None] * v, 0))
+    tl.debug_barrier()
+    if tl.atomic_add(arrived_ptr, 1) == tl.num_programs(0) - 1:
+        num, den = tl.zeros([D], tl.float32), 0.0
+        for i in range(tl.num_programs(0)):
+            num += tl.load(num_ptr + i * D + offs_d)
+            den += tl.load(den_ptr + i)
+        tl.store(o_ptr + offs_d, num / den)
+    # <<< your code
+
+
+def _add_splits(fn, kv_len, phi):
+    dim, block = 128, 16  # so many numbers that every warp stores some
+    generator = torch.Generator().manual_seed(kv_len)
+    scores, v = 3 * torch.randn(kv_len, generator=generator), torch.randn(kv_len, dim, generator=generator)
+    want = scores.softmax(0) @ v
+    scores, v = (scores * math.log2(math.e)).to(device()), v.to(device())
+    num_splits = -(-kv_len // block)
+    num, den = (torch.full((num_splits, n), math.nan, device=device()) for n in (dim, 1))
+    arrived, o = torch.zeros(1, dtype=torch.int32, device=device()), torch.full((dim,), math.nan, device=device())
+    fn[(num_splits,)](scores, v, num, den, arrived, o, kv_len, phi, D=dim, BLOCK=block)
+    expect(o.cpu(), want, f"o for phi {phi:g}", atol=1e-4)
+
+
+@add_splits.case("four splits of 16 keys, any phi")
+def _(fn):
+    for phi in (0.0, 2.0, -5.0):
+        _add_splits(fn, 64, phi)
+
+
+@add_splits.case("the last split has two keys")
+def _(fn):
+    _add_splits(fn, 50, 1.0)
+
+
+@add_splits.case("a single split")
+def _(fn):
+    _add_splits(fn, 7, 0.0)

@@ -1,8 +1,10 @@
 """Exercises of chapter 03. The docstrings are the tasks."""
 
+import math
+
 import torch
 
-from labkit.exercises import exercise, expect
+from labkit.exercises import device, exercise, expect, kernel_exercise
 
 
 @exercise(
@@ -21,8 +23,9 @@ from labkit.exercises import exercise, expect
 def fused_bytes(ops, sizes, wanted):
     """Bytes that a chain of operations moves if it becomes one kernel.
 
-    ops: [(inputs, output)] in order, tensors by name. sizes: {name: bytes}. wanted: the set of names that are used
-    after the chain. A tensor is read at most once, however many operations use it. Returns a number of bytes.
+    ops: [(inputs, output)] in order, tensors by name. sizes: {name: bytes}. wanted: the set of
+    names that are used after the chain. A tensor is read at most once, however many operations
+    use it. Returns a number of bytes.
     """
     made, read = set(), set()
     # >>> your code
@@ -122,9 +125,9 @@ def _(fn):
     ],
 )
 def norm_into_product(x, norm, weight, eps, block):
-    """rmsnorm(x, norm) @ weight.T in one walk over k, `block` columns at a time: the norm fused into the product.
+    """rmsnorm(x, norm) @ weight.T in one walk over k, `block` columns at a time.
 
-    x [m, k]; norm [k]; weight [n, k]. rmsnorm(x) itself must not be formed: its rstd is known only at the end.
+    x [m, k]; norm [k]; weight [n, k]. Do not form rmsnorm(x): its rstd is known only at the end.
     Returns y [m, n].
     """
     k = x.shape[1]
@@ -170,10 +173,10 @@ def _(fn):
     ],
 )
 def missed(users, inside, outputs):
-    """Which nodes of a pattern must survive because somebody outside needs them; fusing is safe if there are none.
+    """Which nodes of a pattern must survive because somebody outside needs them.
 
-    users: {node: set of the nodes that read it}. inside: set of nodes that one kernel would replace. outputs: those of
-    them that the kernel writes. Returns a set of nodes.
+    users: {node: set of the nodes that read it}. inside: set of nodes that one kernel would
+    replace. outputs: those of them that the kernel writes. Returns a set of nodes.
     """
     # >>> your code
     lost = {node for node in inside - outputs if users[node] - inside}
@@ -197,3 +200,67 @@ def _(fn):
 @missed.case("unless the kernel writes it")
 def _(fn):
     expect(fn(USERS | {"mean": {"rsqrt", "loss"}}, set(USERS), {"y", "mean"}), set(), "nodes")
+
+
+@kernel_exercise(
+    hints=[
+        "Row r begins at r * n. A tile is wider than the row: every load and every store needs cols < n.",
+        "fp16 ends at 65,504, and 300 squared is more: go to fp32 before you add or square.",
+        "Masked elements are loaded as 0 and add nothing to the sum of squares; the mean divides by n, not by BLOCK.",
+    ],
+    bugs=[
+        ("tl.store(y_ptr + at, s * rstd * w, mask=mask)", "tl.store(y_ptr + at, s * rstd * w)",
+         "writes into the next row, whose program writes there too: only compiled code tells"),
+        ("r = tl.load(r_ptr + at, mask=mask, other=0.0)", "r = tl.load(r_ptr + at)", "the next row counts as well"),
+        ("s = x.to(tl.float32) + r", "s = x + r", "sums and squares in fp16"),
+        ("/ n + eps", "/ BLOCK + eps", "the mean over the tile, not over the row"),
+        ("tl.rsqrt(tl.sum(s * s, 0) / n + eps)", "tl.rsqrt(tl.sum(s * s, 0) / n)", "eps is forgotten"),
+        ("tl.store(s_ptr + at, s, mask=mask)", "tl.store(s_ptr + at, x, mask=mask)", "the residual is not updated"),
+    ],
+)
+def add_norm(x_ptr, r_ptr, w_ptr, y_ptr, s_ptr, n, eps, BLOCK: "tl.constexpr"):
+    """s = x + r and y = s / sqrt(mean(s^2) + eps) * w in one kernel, one program per row.
+
+    x, r [rows, n], w [n]; out: y and s [rows, n]. All fp16 and contiguous; n <= BLOCK.
+    Compute in fp32.
+    """
+    cols = tl.arange(0, BLOCK)
+    mask = cols < n
+    at = tl.program_id(0) * n + cols
+    # >>> your code
+    x = tl.load(x_ptr + at, mask=mask, other=0.0)
+    r = tl.load(r_ptr + at, mask=mask, other=0.0)
+    w = tl.load(w_ptr + cols, mask=mask, other=0.0)
+    s = x.to(tl.float32) + r
+    rstd = tl.rsqrt(tl.sum(s * s, 0) / n + eps)
+    tl.store(s_ptr + at, s, mask=mask)
+    tl.store(y_ptr + at, s * rstd * w, mask=mask)
+    # <<< your code
+
+
+def _add_norm(fn, rows, n, scale, eps):
+    """Run the reader's kernel. In the interpreter a stray write of y stays within memory that nobody else uses."""
+    generator = torch.Generator().manual_seed(rows * n)
+    x, r = (scale * torch.randn(rows, n, generator=generator) for _ in range(2))
+    x, r, w = (t.half() for t in (x, r, torch.linspace(0.5, 2, n)))
+    s = x.float() + r.float()
+    y = s * torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + eps) * w.float()
+    room = torch.full((2, rows + 64, n), math.nan, dtype=torch.float16, device=device())
+    got_y, got_s = room[:, :rows]
+    fn[(rows,)](*(t.to(device()) for t in (x, r, w)), got_y, got_s, n, eps, BLOCK=64)
+    expect((got_y.cpu().float(), got_s.cpu().float()), (y, s), "(y, s)", atol=2e-3, rtol=2e-3)
+
+
+@add_norm.case("rows that fill the tile")
+def _(fn):
+    _add_norm(fn, 2, 64, 1.0, 1e-6)
+
+
+@add_norm.case("rows of 50, an eps that counts")
+def _(fn):
+    _add_norm(fn, 4, 50, 1.0, 0.5)
+
+
+@add_norm.case("values whose squares no fp16 holds")
+def _(fn):
+    _add_norm(fn, 2, 64, 300.0, 1e-6)

@@ -3,7 +3,7 @@
 import torch
 
 from labkit import masks, sparse24
-from labkit.exercises import exercise, expect
+from labkit.exercises import device, exercise, expect, kernel_exercise
 from labkit.sparsegpt import sparsegpt
 
 
@@ -26,9 +26,10 @@ def _normal(seed, *shape):
     ],
 )
 def magnitude(w, sparsity, per_row):
-    """Which weights stay, by magnitude: exactly int(n * sparsity) of n go, n a row's weights or all of the layer's.
+    """Which weights stay, by magnitude: exactly int(n * sparsity) of n go.
 
-    w [N, K]; of equal ones the first goes. Returns [N, K] bool, True where kept.
+    n is a row's weights or all of the layer's. w [N, K]; of equal ones the first goes.
+    Returns [N, K] bool, True where kept.
     """
     # >>> your code
     rows = w.abs() if per_row else w.abs().view(1, -1)
@@ -73,9 +74,10 @@ def _(fn):
     ],
 )
 def removed_by_threshold(score, sparsity):
-    """How many of the scores [n] the official codes of SparseGPT and of magnitude pruning remove (an int).
+    """How many of the scores [n] SparseGPT's official code removes (an int).
 
-    threshold = sort(score)[int(n * sparsity)], and what is <= threshold goes.
+    So does its code for magnitude pruning: with threshold = sort(score)[int(n * sparsity)],
+    what is <= threshold goes.
     """
     # >>> your code
     threshold = score.sort().values[int(len(score) * sparsity)]
@@ -147,7 +149,10 @@ def _(fn):
     ],
 )
 def unpack_row(values, meta):
-    """The dense row of a 2:4 weight: values, a list of K/2 numbers; meta, a list of K/8 bytes (ints). A list of K."""
+    """The dense row of a 2:4 weight, a list of K numbers.
+
+    values: a list of K/2 numbers; meta: a list of K/8 bytes (ints).
+    """
     dense = [0.0] * (2 * len(values))
     # >>> your code
     index = [byte >> 2 * i & 3 for byte in meta for i in range(4)]
@@ -210,3 +215,61 @@ def _(fn):
 @remove_weight.case("the last column has nobody to its right")
 def _(fn):
     expect(fn(torch.tensor([1.0, 2.0]), torch.eye(2), 1), torch.tensor([1.0, 0.0]), "row")
+
+
+@kernel_exercise(
+    hints=[
+        "Two kept weights share a group of four columns, four share a byte of indices.",
+        "Kept weight j multiplies column 4 * (j // 2) + index of x; its index is two bits of byte j // 4.",
+        "Mask every load with j < k // 2, the one of x as well: what is multiplied by 0 is read all the same.",
+        "Several programs add to y[row]. A load and a store are two steps, tl.atomic_add is one.",
+    ],
+    bugs=[
+        ("tl.load(x_ptr + 4 * (j // 2) + index, mask=mask, other=0)", "tl.load(x_ptr + 4 * (j // 2) + index)",
+         "reads x behind its end: only compiled code tells"),
+        ("meta_ptr + row * (k // 8) + j // 4, mask=mask, other=0)", "meta_ptr + row * (k // 8) + j // 4)",
+         "reads indices behind the last row: only compiled code tells"),
+        ("tl.atomic_add(y_ptr + row, total)", "tl.store(y_ptr + row, tl.load(y_ptr + row) + total)",
+         "a race of two programs: only compiled code tells"),
+        ("tl.atomic_add(y_ptr + row, total)", "tl.store(y_ptr + row, total)", "the last piece wins"),
+        ("4 * (j // 2) + index", "2 * (j // 2) + index", "groups of two"),
+        ("2 * (j % 4)", "6 - 2 * (j % 4)", "reads the highest bits first"),
+        ("row * (k // 8) + j // 4", "row * (k // 8) + j // 8", "eight indices a byte"),
+    ],
+)  # fmt: skip
+def dot_24(values_ptr, meta_ptr, x_ptr, y_ptr, k, BLOCK: "tl.constexpr"):
+    """Add a piece of a packed row times x to y[row]: its BLOCK kept weights from piece * BLOCK on.
+
+    values [N, k/2], x [k], y [N], 0 at first: int32, as in a quantised layer; meta [N, k/8] bytes.
+    One program per row and piece; the last piece may be shorter than BLOCK.
+    """
+    row, piece = tl.program_id(0), tl.program_id(1)
+    j = piece * BLOCK + tl.arange(0, BLOCK)  # the row's kept weights, in order
+    # >>> your code
+    mask = j < k // 2
+    value = tl.load(values_ptr + row * (k // 2) + j, mask=mask, other=0)
+    byte = tl.load(meta_ptr + row * (k // 8) + j // 4, mask=mask, other=0)
+    index = (byte >> 2 * (j % 4)) & 3
+    x = tl.load(x_ptr + 4 * (j // 2) + index, mask=mask, other=0)
+    total = tl.sum(value * x, 0)
+    tl.atomic_add(y_ptr + row, total)
+    # <<< your code
+
+
+def _dot_24(fn, n, k, block):
+    w, x = (10 * _normal(9, n, k)).round(), (10 * _normal(10, k)).round()
+    values, meta = sparse24.pack_24(w, masks.nm_mask(w.abs(), 2, 4))
+    want = (sparse24.unpack_24(values, meta) @ x).int()
+    values, x, y = (part.int().to(device()) for part in (values, x, 0 * want))
+    fn[(n, -(-k // 2 // block))](values, meta.to(device()), x, y, k, BLOCK=block)
+    expect(y.cpu(), want, "y")
+
+
+@dot_24.case("three rows of one piece")
+def _(fn):
+    _dot_24(fn, 3, 64, 32)
+
+
+@dot_24.case("one row of 40 columns: the third piece is shorter than the others")
+def _(fn):
+    _dot_24(fn, 1, 40, 8)

@@ -2,7 +2,7 @@
 
 import torch
 
-from labkit.exercises import exercise, expect
+from labkit.exercises import device, exercise, expect, kernel_exercise
 from labkit.model import rotate as turn
 
 
@@ -23,7 +23,8 @@ from labkit.model import rotate as turn
 def visible(seen, num_sinks, window):
     """Which tokens of the text are in the cache when the last of `seen` tokens is decoded.
 
-    window counts the last tokens that are kept, the current one included. Returns their numbers in order, as a list.
+    window counts the last tokens that are kept, the current one included.
+    Returns their numbers in order, as a list.
     """
     # >>> your code
     tokens = [i for i in range(seen) if i < num_sinks or i >= seen - window]
@@ -62,9 +63,10 @@ def _(fn):
     ],
 )
 def slots_of(tokens, num_sinks, window):
-    """The slot of each token of the list, in a ring of num_sinks + window slots that never loses a sink.
+    """The slot of each token of the list, in a ring that never loses a sink.
 
-    The sinks come first. A token that is no sink takes the slot that the oldest one of the window had.
+    It has num_sinks + window slots, those of the sinks first. Another token takes the slot
+    that the oldest one of the window had.
     """
     slots = []
     for i in tokens:
@@ -107,9 +109,9 @@ def _(fn):
 def scores(q, k, tokens, rotate):
     """The scores of one query with the keys of a cache, before scaling and softmax.
 
-    q [D] and k [n, D], neither rotated yet; k in the order of the text, the current token last. tokens: the numbers
-    that the n tokens have in the text. rotate(x [m, D], positions [m]) -> x rotated. Returns s [n], with the positions
-    that StreamingLLM gives.
+    q [D] and k [n, D], neither rotated yet; k in the order of the text, the current token last.
+    tokens: the numbers that the n tokens have in the text.
+    rotate(x [m, D], positions [m]) -> x rotated. Returns s [n], with StreamingLLM's positions.
     """
     n = len(tokens)
     # >>> your code
@@ -163,8 +165,8 @@ def _(fn):
 def make_room(held, n, num_sinks, window):
     """What stays in the cache when a prompt of n tokens is about to come, all of which must fit.
 
-    held: the numbers of the tokens in the cache, in order, the sinks first. n is at most `window`. Returns the list of
-    those that stay.
+    held: the numbers of the tokens in the cache, in order, the sinks first. n is at most `window`.
+    Returns the list of those that stay.
     """
     # >>> your code
     excess = max(0, len(held) + n - num_sinks - window)
@@ -187,3 +189,67 @@ def _(fn):
 def _(fn):
     expect(fn([0, 1, 2], 2, 2, 5), [0, 1, 2], "kept")
     expect(fn([0, 1, 2, 3], 3, 2, 5), [0, 1, 2, 3], "kept")
+
+
+@kernel_exercise(
+    hints=[
+        "The cache holds min(seen, num_sinks + window) tokens. Which slot is the oldest of the window in?",
+        "That is token seen - window, once something has left; before, it is token num_sinks.",
+        "From there on one slot per position; behind the ring's last slot goes on the window's first.",
+        "Positions that hold nothing must be masked in the load too: their slots may lie outside of the ring.",
+    ],
+    bugs=[
+        ("tl.load(k_ptr + slot * D + d, mask=held)", "tl.load(k_ptr + slot * D + d)",
+         "reads behind the ring what is never stored: only compiled code tells"),
+        ("slot >= num_sinks + window", "slot > num_sinks + window", "one slot behind the ring before it begins again"),
+        ("slot - window", "slot - window - num_sinks", "the seam runs over the sinks"),
+        ("(oldest - num_sinks) % window", "oldest % window", "counted from the text's beginning"),
+        ("tl.maximum(seen - window, num_sinks)", "seen - window", "before the first eviction there is no such token"),
+        ("tl.where(position < num_sinks, position, slot)", "slot", "the sinks are not where they are"),
+        ("position < tl.minimum(seen, num_sinks + window)", "position < num_sinks + window",
+         "positions that hold nothing yet"),
+    ],
+)  # fmt: skip
+def in_order(k_ptr, out_ptr, seen, num_sinks, window, D: "tl.constexpr", BLOCK: "tl.constexpr"):
+    """Copy the keys of a ring in the order of their positions; a program per BLOCK positions.
+
+    k and out [num_sinks + window, D]. Token i lies in slot i if i < num_sinks, else in
+    num_sinks + (i - num_sinks) % window. seen tokens have come; rows of out without one stay.
+    """
+    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    d = tl.arange(0, D)[None, :]
+    # >>> your code
+    held = position < tl.minimum(seen, num_sinks + window)
+    oldest = tl.maximum(seen - window, num_sinks)
+    slot = position + (oldest - num_sinks) % window
+    slot = tl.where(slot >= num_sinks + window, slot - window, slot)
+    slot = tl.where(position < num_sinks, position, slot)
+    k = tl.load(k_ptr + slot * D + d, mask=held)
+    tl.store(out_ptr + position * D + d, k, mask=held)
+    # <<< your code
+
+
+def _in_order(fn, seen, num_sinks, window):
+    size, k = num_sinks + window, torch.full((num_sinks + window, 4), float("nan"))
+    tokens = [i for i in range(seen) if i < num_sinks or i >= seen - window]
+    for i in tokens:
+        k[i if i < num_sinks else num_sinks + (i - num_sinks) % window] = torch.arange(4.0) + 10 * i
+    out = torch.full((size, 4), -1.0, device=device())
+    fn[(-(-size // 8),)](k.to(device()), out, seen, num_sinks, window, D=4, BLOCK=8)
+    expect(out[: len(tokens), 0].cpu(), torch.tensor(tokens) * 10.0, "column 0 of what is held")
+    expect(out[:, 3].cpu()[len(tokens) :], torch.full((size - len(tokens),), -1.0), "column 3 of the empty positions")
+
+
+@in_order.case("the paper's figure 4: four sinks, a window of four, ten tokens")
+def _(fn):
+    _in_order(fn, 10, 4, 4)
+
+
+@in_order.case("twelve slots, two programs: a tile is not full")
+def _(fn):
+    _in_order(fn, 29, 2, 10)
+
+
+@in_order.case("five tokens so far, nothing has left")
+def _(fn):
+    _in_order(fn, 5, 2, 8)
