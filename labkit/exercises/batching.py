@@ -1,10 +1,11 @@
 """Exercises of chapter 09. The docstrings are the tasks."""
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
+import torch
 
-from labkit.exercises import exercise, expect
+from labkit.exercises import device, exercise, expect, kernel_exercise
 from labkit.scheduler import Batch, Request, Scheduler
 from labkit.simulate import Trace
 
@@ -25,9 +26,9 @@ from labkit.simulate import Trace
 def pack_step(num_decodes, needs, budget):
     """One step of chunked prefill (Sarathi-Serve's Algorithm 3).
 
-    num_decodes: running requests that decode, at most budget. needs: tokens that each prompt still has to compute,
-    the unfinished one first, then those that wait. budget: tokens a step. Returns the list of chunks, one for each
-    prompt that gets one, in order.
+    num_decodes: running requests that decode, at most budget. needs: tokens that each prompt still
+    has to compute, the unfinished one first, then those that wait. budget: tokens a step. Returns
+    the list of chunks, one for each prompt that gets one, in order.
     """
     # >>> your code
     left = budget - num_decodes
@@ -90,11 +91,13 @@ def _(fn):
     ],
 )
 def after_preemption(prompt_len, generated, max_new_tokens):
-    """A request lost its pages after it had generated some tokens. Returns (to_compute, to_generate): how many tokens
-    its next prefill computes, and how many new tokens it may still generate.
+    """What is left to do for a request that lost its pages after it had generated some tokens.
 
-    A published scheduler moves the generated tokens into the prompt, sets the count of generated tokens to 0 and then
-    compares that count with max_new_tokens. Yours must not.
+    Returns (to_compute, to_generate): how many tokens its next prefill computes, and how many new
+    tokens it may still generate.
+
+    A published scheduler moves the generated tokens into the prompt, sets the count of generated
+    tokens to 0 and then compares that count with max_new_tokens. Yours must not.
     """
     # >>> your code
     to_compute = prompt_len + generated
@@ -143,8 +146,9 @@ def _(fn):
 def concurrent(num_pages, page_size, prompt_len, max_new_tokens, output_len):
     """How many equal requests fit into the memory: (reserved, paged).
 
-    reserved: each gets pages for its prompt and max_new_tokens when it starts. paged: each holds, on average over its
-    life, its prompt and half of the output_len tokens that it really generates, rounded down to tokens.
+    reserved: each gets pages for its prompt and max_new_tokens when it starts. paged: each holds,
+    on average over its life, its prompt and half of the output_len tokens that it really
+    generates, rounded down to tokens.
     """
     # >>> your code
     reserved = num_pages // -(-(prompt_len + max_new_tokens) // page_size)
@@ -176,9 +180,10 @@ def _(fn):
     ],
 )
 def p99_gap(token_times):
-    """The 99th percentile of the time between tokens, over all gaps of all requests, as numpy computes it.
+    """The 99th percentile, as numpy computes it, of the time between tokens, over all gaps.
 
-    token_times: {id: when each of its tokens was there, seconds}, as in `Trace.token_times`; some may be empty.
+    token_times: {id: when each of its tokens was there, seconds}, as in `Trace.token_times`; some
+    may be empty.
     """
     # >>> your code
     gaps = [b - a for times in token_times.values() for a, b in pairwise(times)]
@@ -202,3 +207,60 @@ def _(fn):
 @p99_gap.case("the first gap counts")
 def _(fn):
     expect(fn({"a": [0.0, 5.0, 6.0], "b": [1.0, 2.0, 3.0]}), 4.88, "p99")
+
+
+@kernel_exercise(
+    hints=[
+        "Tile `pid` belongs to the last sequence b with q_starts[b] // BLOCK_Q + b <= pid. It is its tile number "
+        "pid - (q_starts[b] // BLOCK_Q + b).",
+        "The last query of the chunk has position kv_len - 1, the one before it one less: bottom-right.",
+        "A tile may have more rows than its chunk has queries. They belong to the next sequence: store nothing there.",
+    ],
+    bugs=[
+        ("kv_len - (q_end - query)", "query - q_start", "top-left: as if no key had been there before the chunk"),
+        ("key[None, :] <= position", "key[None, :] < position", "a query does not see its own key"),
+        ("+ i <= pid", "+ i < pid", "the first tile of a sequence goes to the one before it"),
+        ("(pid - (q_start // BLOCK_Q + b))", "(pid - q_start // BLOCK_Q)", "partial tiles are not counted"),
+        (", (query < q_end)[:, None]", ", query[:, None] >= 0", "the neighbour's rows: compiled code tells"),
+    ],
+)
+def ragged_mask(starts_ptr, lens_ptr, keep_ptr, batch, BLOCK_Q: "tl.constexpr", KEYS: "tl.constexpr"):
+    """keep[i, n] = 1 where query i sees key n of its sequence, else 0: causal, bottom-right.
+
+    q_starts [B + 1]: sequence b has the queries q_starts[b] to q_starts[b + 1], perhaps none.
+    kv_lens [B] include them. keep [N, KEYS] int8. Sequence b has the programs from
+    q_starts[b] // BLOCK_Q + b on, with BLOCK_Q queries each; some are left over.
+    """
+    pid, key = tl.program_id(0), tl.arange(0, KEYS)
+    # >>> your code
+    b = 0
+    for i in range(1, batch):
+        b = tl.where(tl.load(starts_ptr + i) // BLOCK_Q + i <= pid, i, b)
+    q_start, q_end = tl.load(starts_ptr + b), tl.load(starts_ptr + b + 1)
+    query = q_start + (pid - (q_start // BLOCK_Q + b)) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    kv_len = tl.load(lens_ptr + b)
+    position = kv_len - (q_end - query)
+    keep, mask = key[None, :] <= position[:, None], (query < q_end)[:, None]
+    tl.store(keep_ptr + query[:, None] * KEYS + key, keep.to(tl.int8), mask=mask)
+    # <<< your code
+
+
+def _masks(fn, chunks, block):
+    """chunks: (queries, keys) of each sequence."""
+    starts = [0, *accumulate(n for n, _ in chunks)]
+    want = [[n <= kv_len - (count - i) for n in range(64)] for count, kv_len in chunks for i in range(count)]
+    room = torch.full((starts[-1] + 4 * block, 64), -1, dtype=torch.int8, device=device())
+    q_starts = torch.tensor(starts, dtype=torch.int32, device=device())
+    kv_lens = torch.tensor([n for _, n in chunks], dtype=torch.int32, device=device())
+    fn[(starts[-1] // block + len(chunks),)](q_starts, kv_lens, room, len(chunks), BLOCK_Q=block, KEYS=64)
+    expect(room[: starts[-1]].cpu(), torch.tensor(want, dtype=torch.int8), "keep")
+
+
+@ragged_mask.case("a prompt, a decode and a chunk")
+def _(fn):
+    _masks(fn, [(17, 17), (1, 50), (9, 40)], 16)
+
+
+@ragged_mask.case("an empty chunk in the middle, tiles that just fill")
+def _(fn):
+    _masks(fn, [(3, 3), (0, 9), (8, 30), (16, 64)], 8)

@@ -23,8 +23,9 @@ from labkit.exercises import exercise, expect
 def rows_to_draw(chunks):
     """Which rows of a step's hidden states [N, hidden] go through lm_head.
 
-    chunks: (start, n, known) of every sequence, in order: the step computes its tokens [start, start + n), and `known`
-    of its tokens are known in all. A sequence gets a new token from its last known one. Returns the list of rows.
+    chunks: (start, n, known) of every sequence, in order: the step computes its tokens [start,
+    start + n), and `known` of its tokens are known in all. A sequence gets a new token from its
+    last known one. Returns the list of rows.
     """
     # >>> your code
     rows, end = [], 0
@@ -59,7 +60,7 @@ def _(fn):
     ],
 )
 def nucleus(p, top_p):
-    """Top-p sampling's set (Holtzman et al. 2020): the fewest most likely tokens that reach top_p together.
+    """Top-p (Holtzman et al. 2020): the set of the fewest likeliest tokens that reach top_p.
 
     p: list of probabilities that sum to 1, no two equal. Returns the set of the ids that stay.
     """
@@ -109,8 +110,9 @@ def _(fn):
 def pad_for_graph(sizes, slots, kv_lens):
     """Fit a decode step into a recorded CUDA graph.
 
-    sizes: batch sizes that were recorded. slots, kv_lens: of the step's sequences, as `write_kv` and `paged_decoding`
-    take them. Returns (slots, kv_lens) with rows added at the end up to the smallest size that holds them all.
+    sizes: batch sizes that were recorded. slots, kv_lens: of the step's sequences, as `write_kv`
+    and `paged_decoding` take them. Returns (slots, kv_lens) with rows added at the end up to the
+    smallest size that holds them all.
     """
     # >>> your code
     extra = min(n for n in sizes if n >= len(slots)) - len(slots)
@@ -161,9 +163,9 @@ def _(fn):
 def bytes_to_send(data):
     """Streaming text: how many of these bytes can be sent now.
 
-    Tokens may be pieces of a character: in UTF-8 one takes 1 to 4 bytes, and its first byte says how many (0xC0 to 0xDF
-    two, to 0xEF three, from 0xF0 four). data: the bytes that wait, of which at most the last character is incomplete.
-    Returns how many of them make whole characters.
+    Tokens may be pieces of a character: in UTF-8 one takes 1 to 4 bytes, and its first byte says
+    how many (0xC0 to 0xDF two, to 0xEF three, from 0xF0 four). data: the bytes that wait, of which
+    at most the last character is incomplete. Returns how many of them make whole characters.
     """
     # >>> your code
     count = len(data)

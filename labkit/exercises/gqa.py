@@ -3,7 +3,7 @@
 import torch
 
 from labkit.attention import decode_attention
-from labkit.exercises import exercise, expect
+from labkit.exercises import device, exercise, expect, kernel_exercise
 
 
 def _randn(seed, *shape):
@@ -30,8 +30,8 @@ def _randn(seed, *shape):
 def pool(weight, num_to, head_dim):
     """Make num_to KV heads of those in a k_proj or v_proj: the mean of each group of heads.
 
-    weight [num_from * head_dim, in_features], or a bias [num_from * head_dim]. Query head h of the model will read KV
-    head h // group, as in every checkpoint. Returns [num_to * head_dim, ...].
+    weight [num_from * head_dim, in_features], or a bias [num_from * head_dim]. Query head h of the
+    model will read KV head h // group, as in every checkpoint. Returns [num_to * head_dim, ...].
     """
     # >>> your code
     groups = weight.unflatten(0, (num_to, -1, head_dim)).mean(1)
@@ -85,10 +85,10 @@ def _(fn):
     ],
 )
 def grouped_attention(q, k, v):
-    """One decode step for any number of KV heads: MHA, GQA and MQA (which is GQA with one group) in one function.
+    """One decode step for any number of KV heads: MHA, GQA, and MQA, which is GQA with one group.
 
-    q [B, Hq, D]; k, v [B, L, Hkv, D], Hq a multiple of Hkv; every sequence reads all L keys; scale D ** -0.5.
-    Returns o [B, Hq, D].
+    q [B, Hq, D]; k, v [B, L, Hkv, D], Hq a multiple of Hkv; every sequence reads all L keys; scale
+    D ** -0.5. Returns o [B, Hq, D].
     """
     num_kv_heads = k.shape[2]
     # >>> your code
@@ -133,10 +133,10 @@ def _(fn):
     ],
 )
 def break_even_batch(num_params, kv_bytes_per_token, kv_len):
-    """The smallest batch whose caches are at least as many bytes as the model's weights, both in bf16.
+    """The smallest batch whose caches are at least as many bytes as the weights, both in bf16.
 
-    From here on it is the cache that a decode step mostly waits for, and fewer KV heads pay. kv_len: tokens in every
-    sequence. Returns an int.
+    From here on it is the cache that a decode step mostly waits for, and fewer KV heads pay.
+    kv_len: tokens in every sequence. Returns an int.
     """
     # >>> your code
     weights = 2 * num_params
@@ -175,10 +175,10 @@ def _(fn):
     ],
 )
 def moved_bytes(how, batch, kv_len, num_q_heads, num_kv_heads, head_dim):
-    """Bytes of K and V, 16 bits a number, that a decode step's attention moves in one layer if nothing is cached.
+    """Bytes of K and V, 16 bits each, that a decode step moves in one layer if nothing is cached.
 
-    how: "grouped", one program a KV head; "expanded", one a query head; "repeated", K and V are first copied for every
-    query head (read and written), then attended to with one program a query head.
+    how: "grouped", one program per KV head; "expanded", one per query head; "repeated", K and V
+    are first copied for every query head (read and written), then one program per query head.
     """
     group = num_q_heads // num_kv_heads
     # >>> your code
@@ -202,3 +202,52 @@ def _(fn):
 @moved_bytes.case("repeated: nine times as much")
 def _(fn):
     expect(fn("repeated", 1, 8192, 32, 8, 128), 301_989_888, "bytes")
+
+
+@kernel_exercise(
+    hints=[
+        "The rows of the tile are query heads. Row r of KV head j's program is head j * GROUP + r, while r < GROUP.",
+        "Load K as [D, 32], once; tl.dot(q, k) then has a row of scores for every query head.",
+        "Two masks everywhere: rows beyond the group belong to the next program, keys beyond kv_len to nobody.",
+    ],
+    bugs=[
+        ("kv_head * GROUP + row", "kv_head + row * num_kv_heads", "strided: heads 0, 2, 4, ... share a KV head"),
+        ("key * num_kv_heads + kv_head", "kv_head * kv_len + key", "K as if the heads came first"),
+        ("mask=mask_h & mask_n)", "mask=mask_n)", "over the next group's rows: only compiled code tells"),
+        ("head * D + d, mask=mask_h)", "head * D + d)", "the last group's tile reads past the end of q: likewise"),
+    ],
+)
+def group_scores(q_ptr, k_ptr, s_ptr, kv_len, GROUP: "tl.constexpr", D: "tl.constexpr"):
+    """s[h, n] = q[h] . k[n, h // GROUP]: the scores of a group of query heads, in one product.
+
+    q [Hkv * GROUP, D], k [kv_len, Hkv, D] fp16; s [Hkv * GROUP, kv_len] fp32. One program per KV
+    head and 32 keys, read once. The matrix unit takes 16 rows: the first GROUP are heads.
+    """
+    kv_head, num_kv_heads = tl.program_id(0), tl.num_programs(0)
+    row, d = tl.arange(0, 16)[:, None], tl.arange(0, D)
+    key = tl.program_id(1) * 32 + tl.arange(0, 32)
+    # >>> your code
+    head, mask_h, mask_n = kv_head * GROUP + row, row < GROUP, (key < kv_len)[None, :]
+    q = tl.load(q_ptr + head * D + d, mask=mask_h)
+    rows_of_k = key * num_kv_heads + kv_head
+    k = tl.load(k_ptr + rows_of_k[None, :] * D + d[:, None], mask=mask_n)
+    tl.store(s_ptr + head * kv_len + key[None, :], tl.dot(q, k), mask=mask_h & mask_n)
+    # <<< your code
+
+
+def _scores(fn, num_kv_heads, group, kv_len):
+    q, k = _randn(0, num_kv_heads * group, 16).half(), _randn(1, kv_len, num_kv_heads, 16).half()
+    room = torch.full((len(q) + 16, kv_len), float("nan"), device=device())  # rows of nobody have a place
+    fn[(num_kv_heads, -(-kv_len // 32))](q.to(device()), k.to(device()), room, kv_len, GROUP=group, D=16)
+    want = torch.einsum("jgd,njd->jgn", q.float().unflatten(0, (num_kv_heads, group)), k.float())
+    expect(room[: len(q)].cpu(), want.flatten(0, 1), "s", atol=1e-3)
+
+
+@group_scores.case("groups of four on two KV heads, 40 keys")
+def _(fn):
+    _scores(fn, 2, 4, 40)
+
+
+@group_scores.case("groups of three on three KV heads, 32 keys")
+def _(fn):
+    _scores(fn, 3, 3, 32)

@@ -2,7 +2,9 @@
 
 import hashlib
 
-from labkit.exercises import exercise, expect
+import torch
+
+from labkit.exercises import device, exercise, expect, kernel_exercise
 
 
 @exercise(
@@ -21,8 +23,8 @@ from labkit.exercises import exercise, expect
 def slots_of(table, kv_len, page_size):
     """Where the tokens of a sequence lie.
 
-    table: list of page ids, possibly longer than needed, with garbage at the end. Returns a list of kv_len slot
-    numbers; slot = page * page_size + offset.
+    table: list of page ids, possibly longer than needed, with garbage at the end. Returns a list
+    of kv_len slot numbers; slot = page * page_size + offset.
     """
     # >>> your code
     slots = [table[i // page_size] * page_size + i % page_size for i in range(kv_len)]
@@ -64,8 +66,9 @@ def _(fn):
 def make_room(table, num_tokens, page_size, refs, take):
     """Make room for one more token of a sequence: copy-on-write.
 
-    table: its pages, changed in place. num_tokens: how many it has. refs: {page: number of holders}, changed in place.
-    take() returns a free page. Returns the list of page copies (src, dst) to be made before the token is written.
+    table: its pages, changed in place. num_tokens: how many it has. refs: {page: number of
+    holders}, changed in place. take() returns a free page. Returns the list of page copies (src,
+    dst) to be made before the token is written.
     """
     copies = []
     # >>> your code
@@ -144,8 +147,9 @@ def _published(tokens, page_size):
 def cached_prefix(tokens, page_size, cached, digest):
     """How many of a prompt's first tokens need not be computed, because they lie in cached pages.
 
-    tokens: list of ids. cached: set of hashes of full pages. digest(parent, tokens) is the hash of a page: parent is
-    the hash of the page before it, "" for the first. At least one token must be left to compute.
+    tokens: list of ids. cached: set of hashes of full pages. digest(parent, tokens) is the hash of
+    a page: parent is the hash of the page before it, "" for the first. At least one token must be
+    left to compute.
     """
     cached_tokens, last = 0, ""
     # >>> your code
@@ -238,3 +242,72 @@ def _(fn):
 @reservation.case("no reservation is longer than a sequence can be")
 def _(fn):
     expect(fn("pow2", 900, 1100, 2048), (2048, 2048), "pow2")
+
+
+@kernel_exercise(
+    hints=[
+        "Key i lies in the page that stands in column i // PAGE of the sequence's row, at place i % PAGE.",
+        "Every key of a tile looks its page up: tl.load of BLOCK ids, of which neighbours are mostly equal.",
+        "Mask both loads. What stands in the table behind the last page is no address, and the table ends somewhere.",
+    ],
+    bugs=[
+        ("table_ptr + key // PAGE, mask", "table_ptr + first // PAGE + 0 * key, mask", "one page for the whole tile"),
+        ("page * PAGE + key % PAGE", "page * PAGE + key - first", "the place in the tile, not in the page"),
+        ("key // PAGE, mask=used)", "key // PAGE)", "ids are read past the end of the table: only compiled code tells"),
+        (
+            "mask=used)\n        slot = page * PAGE + key % PAGE\n        v = "
+            "tl.load(v_ptr + slot[:, None] * 16 + d, mask=used[:, None], other=0.0)",
+            "mask=key < width * PAGE)\n        slot = page * PAGE + key % PAGE\n        v = "
+            "tl.where(used[:, None], tl.load(v_ptr + slot[:, None] * 16 + d), 0.0)",
+            "what is no page id becomes an address, and what was read is thrown away: likewise",
+        ),
+    ],
+)
+def paged_sum(v_ptr, table_ptr, lens_ptr, o_ptr, width, PAGE: "tl.constexpr", BLOCK: "tl.constexpr"):
+    """o[b] = the sum of the values of sequence b, found through its row of the block table.
+
+    v [P, PAGE, 16] fp32; empty slots are NaN. table [B, width] int32: what stands behind the
+    pages of a sequence is no page id. lens [B]: keys of each. o [B, 16]. One program per sequence.
+    """
+    b, d = tl.program_id(0), tl.arange(0, 16)
+    kv_len, total = tl.load(lens_ptr + b), tl.zeros([16], tl.float32)
+    table_ptr += b * width
+    for first in range(0, kv_len, BLOCK):
+        key = first + tl.arange(0, BLOCK)
+        # >>> your code
+        used = key < kv_len
+        page = tl.load(table_ptr + key // PAGE, mask=used)
+        slot = page * PAGE + key % PAGE
+        v = tl.load(v_ptr + slot[:, None] * 16 + d, mask=used[:, None], other=0.0)
+        total += tl.sum(v, 0)
+        # <<< your code
+    tl.store(o_ptr + b * 16 + d, total)
+
+
+def _sums(fn, kv_lens, page_size, block):
+    """Pages in random order, one of them nobody's. The last row of the table is full: behind it is no memory of it."""
+    gen, counts = torch.Generator().manual_seed(0), [-(-n // page_size) for n in kv_lens]
+    order = torch.randperm(sum(counts) + 1, generator=gen).tolist()
+    pages = torch.full((len(order), page_size, 16), float("nan"))
+    table = torch.full((len(kv_lens), max(counts)), len(order), dtype=torch.int32)  # there is no such page
+    want = torch.zeros(len(kv_lens), 16)
+    for b, kv_len in enumerate(kv_lens):
+        values = torch.randn(kv_len, 16, generator=gen)
+        want[b] = values.sum(0)
+        for i in range(counts[b]):
+            part, table[b, i] = values[i * page_size : (i + 1) * page_size], order.pop()
+            pages[table[b, i], : len(part)] = part
+    lens, o = torch.tensor(kv_lens, dtype=torch.int32), torch.full_like(want, float("nan"))
+    pages, table, lens, o = (x.to(device()) for x in (pages, table, lens, o))
+    fn[(len(kv_lens),)](pages, table, lens, o, max(counts), PAGE=page_size, BLOCK=block)
+    expect(o.cpu(), want, "o", atol=1e-4)
+
+
+@paged_sum.case("pages of 16 in tiles of 32: 5, 0 and 40 keys")
+def _(fn):
+    _sums(fn, (5, 0, 40), 16, 32)
+
+
+@paged_sum.case("pages of 4 in tiles of 16: 30 and 33 keys")
+def _(fn):
+    _sums(fn, (30, 33), 4, 16)
