@@ -9,6 +9,7 @@ The rules see through spellings: products and quotients are taken apart into fac
 dropout that is off are looked through. What no rule knows stays as it is.
 """
 
+import inspect
 import math
 import operator
 
@@ -23,16 +24,21 @@ from labkit.fx_graph import (
     Guard,
     Refused,
     arg,
+    arguments,
     attribute,
     buffers_kept,
+    differences,
+    exact,
     is_node,
     is_number,
+    is_plain,
     is_transparent,
     name_of,
     run,
     shape,
     signature,
     trace,
+    tree_leaves,
 )
 
 RULES = ("rmsnorm", "add_rmsnorm", "swiglu", "bias_gelu", "attention", "rope", "siblings")
@@ -42,7 +48,7 @@ class _Pass(AttentionRules):
     def no_op_cast(self, node):
         """x.float() of an fp32 tensor is x itself."""
         if name_of(node) in CASTS and is_transparent(node) and node.meta["dtype"] == node.args[0].meta["dtype"]:
-            if node.meta["launches"] == 0:
+            if node.meta["launches"] == 0 and not any(node in user.meta["writes"] for user in node.users):
                 node.replace_all_uses_with(node.args[0])
                 self.graph.erase_node(node)
         return False
@@ -127,7 +133,7 @@ class _Pass(AttentionRules):
         width = None
         if name_of(node) in ("div", "mul"):
             number = arg(node, 1, "other")
-            if not is_number(number):
+            if not is_number(number) or not is_plain(node):
                 return None
             inside.add(node)
             width, node = number if name_of(node) == "div" else 1 / number, self.strip(arg(node, 0, "input"), inside)
@@ -186,7 +192,7 @@ class _Pass(AttentionRules):
         with self.graph.inserting_after(s):
             marker = self.graph.call_function(operator.getitem, (s, 0))  # where the new nodes go
         with self.graph.inserting_before(marker):
-            new, (y, total) = self.op("add_rmsnorm", (a, b, w), [meta, meta], eps=eps)
+            new, (y, total) = self.op("add_rmsnorm", (*self.paired(a, b), w), [meta, meta], eps=eps)
         self.graph.erase_node(marker)
         self.replace("add_rmsnorm", [new], [(norm, y), (s, total)])
         return True
@@ -221,7 +227,7 @@ class _Pass(AttentionRules):
         self.closed(inside, [root])
         self.still(inside)
         with self.graph.inserting_before(root):
-            new, _ = self.op("swiglu", (gate, up), [(shape(gate), gate.meta["dtype"])])
+            new, _ = self.op("swiglu", self.paired(gate, up), [(shape(gate), gate.meta["dtype"])])
         self.replace("swiglu", [new], [(root, new)])
         return True
 
@@ -257,7 +263,11 @@ class _Pass(AttentionRules):
             return False
         if len({n.meta["dtype"] for n in attributes}) > 1:
             raise Refused("the weights differ in dtype")
+        for stack in (weights, biases):
+            if len({attribute(self.gm, n.target).requires_grad for n in stack if is_node(n)}) > 1:
+                raise Refused("some are frozen, others are trained")
         self.still(set(group))
+        self.unwritten(group + attributes)
         rows = [shape(w)[0] for w in weights]
         dtype = group[0].meta["dtype"]
         lead = shape(x)[:-1]
@@ -270,12 +280,6 @@ class _Pass(AttentionRules):
             pieces = [self.call(operator.getitem, (parts, i), ((*lead, n), dtype)) for i, n in enumerate(rows)]
         elements = sum(math.prod(shape(n)) for n in (new, *new.all_input_nodes))
         new.meta |= dict(launches=1, bytes=dtype.itemsize * elements)
-        for old in group:
-            for user in old.users:  # a piece is strided: where a view cannot merge its dimensions, reshape copies
-                if user.op == "call_method" and user.target == "view" and not isinstance(user.args[1], torch.dtype):
-                    user.target = "reshape"
-                elif user.target is torch.ops.aten.view.default:
-                    user.target = torch.ops.aten.reshape.default
         self.replace("one product", [new], list(zip(group, pieces)))
         return True
 
@@ -288,7 +292,7 @@ class _Pass(AttentionRules):
         self.gm.register_parameter(name, nn.Parameter(torch.cat(values), requires_grad=some.requires_grad))
         node = self.graph.get_attr(name)
         stacked = getattr(self.gm, name)
-        node.meta = dict(launches=0, bytes=0, fixed=True, shape=tuple(stacked.shape), dtype=stacked.dtype)
+        node.meta = dict(launches=0, bytes=0, fixed=True, writes=(), shape=tuple(stacked.shape), dtype=stacked.dtype)
         return node
 
 
@@ -312,19 +316,34 @@ def fuse(module, example_inputs, *, ops, reference, verbose=True):
     same functions in plain torch, to count with. verbose: print the report.
 
     Returns a GraphModule with the module's signature and `.report`. Parameters are shared with the module, except for
-    linear layers of one input: their weights are copied on top of each other. The inputs' dtypes and devices, arguments
-    that are no tensors, and (after torch.export, or where a mask was recognised) the shapes are fixed: other inputs
-    raise ValueError. Raises ValueError if the module cannot be traced faithfully, naming both tracers' reasons.
+    linear layers of one input: their weights are copied on top of each other.
+
+    Fixed are the inputs' dtypes and devices, arguments that are no tensors, how tensors are packed in tuples, lists and
+    dictionaries, and (after torch.export, or where a mask was recognised) the shapes: other inputs raise ValueError. So
+    do q and k, or k and v, of different batches where rope or attention was put in and the example had only one.
+
+    Left alone: a subgraph in whose midst something writes in place; rope, attention and linear layers if a view of
+    their output is written to, since it may become a copy; linear layers of which only some are frozen; a submodule
+    with hooks, which is called as it is. The module's own hooks are refused, and any if torch.export has to trace.
+
+    At last both graphs run in fp64, without their casts to narrower types, where each operation has fp64: there their
+    floating outputs, and the inputs afterwards, have to agree to 1e-6 of the largest value.
+
+    Raises ValueError if they do not, naming what differs; if the module cannot be traced faithfully, naming both
+    tracers' reasons; if example_inputs are not what the module takes.
     """
     if not isinstance(module, nn.Module):
         raise ValueError(f"module: got {type(module).__name__}, expected an nn.Module")
     if not isinstance(example_inputs, (tuple, list)):
         raise ValueError(f"example_inputs: got {type(example_inputs).__name__}, expected a tuple of arguments")
+    takes = inspect.signature(module.forward)
+    inputs = arguments("example_inputs", takes, example_inputs)
     with buffers_kept(module):
-        gm, pinned = trace(module, example_inputs)
+        gm, pinned = trace(module, inputs)
         functions = {name: _named(getattr(ops, name), name) for name in RULES if hasattr(ops, name)}
         work = _Pass(gm, functions, pinned)
         work.sweep("cast", work.no_op_cast)
+        want = exact(gm, inputs, {})
         for rule in RULES:
             if rule == "siblings" or rule in work.functions:
                 work.sweep(rule, getattr(work, rule))
@@ -332,11 +351,15 @@ def fuse(module, example_inputs, *, ops, reference, verbose=True):
         gm.delete_all_unused_submodules()
         gm.recompile()
         fused = {function: getattr(reference, name) for name, function in work.functions.items()}
-        run(Counting(gm, fused).run, example_inputs)
+        run(Counting(gm, fused).run, inputs)
+        wrong = differences(exact(gm, inputs, fused), want, len(tree_leaves(inputs)))
+    if wrong:
+        rules = ", ".join(dict.fromkeys(step.rule for step in work.report.steps))
+        raise ValueError(f"module: got {type(module).__name__}, which {rules} would change: {'; '.join(wrong)}")
     gm.report = work.report
     gm.report.after = work.rows()
-    signatures = tuple(signature(x) for x in example_inputs)
-    gm.register_forward_pre_hook(Guard(signatures, work.pinned), with_kwargs=True, prepend=True)
+    expected = [signature(x, work.pinned) for x in inputs]
+    gm.register_forward_pre_hook(Guard(takes, expected, work.pinned), with_kwargs=True, prepend=True)
     if verbose:
         print(gm.report)
     return gm

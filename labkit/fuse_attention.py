@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from labkit.args import FLOATS, MAX_HEAD_DIM
-from labkit.fx_graph import SHAPES_ONLY, Refused, Rewriter, arg, attribute, is_node, is_number, name_of, shape
+from labkit.fx_graph import SHAPES_ONLY, Refused, Rewriter, arg, attribute, is_node, is_number, is_plain, name_of, shape
 
 VERY_LOW = -1e9  # a score of this or less has no weight in a softmax that also sees an ordinary one
 
@@ -31,6 +31,7 @@ class AttentionRules(Rewriter):
         inside = q_in | k_in
         self.closed(inside, [q_out, k_out])
         self.still(inside)
+        self.unwritten([q_out, k_out])
         place = min([order[k_out], *(order[u] for u in q_out.users if u not in inside)])
         if max(order[n] for n in (q, k, cos, sin)) >= place:
             raise Refused("the second tensor is known only after the first is used")
@@ -68,6 +69,8 @@ class AttentionRules(Rewriter):
         if found is None:
             return None
         x, cos, sin = found
+        if shape(x) != size:
+            return None
         for heads in (-2, -3):
             angles = [self._per_head(n, x, heads, inside) for n in (cos, sin)]
             if None not in angles:
@@ -75,7 +78,7 @@ class AttentionRules(Rewriter):
         return None
 
     def _turned_halves(self, pieces, inside):
-        if len(pieces) != 2 or [name_of(p) if is_node(p) else "" for p in pieces] != ["sub", "add"]:
+        if [name_of(p) if is_node(p) and is_plain(p) else "" for p in pieces] != ["sub", "add"]:
             return None
         read = []  # for each of the four products: (x, which half, angle)
         for piece in pieces:
@@ -130,9 +133,9 @@ class AttentionRules(Rewriter):
         return self.strip(x, inside), i
 
     def _one_row(self, angle, x):
-        """Angles [1, len, D] of a larger batch: the same for all of it."""
+        """Angles [1, len, D]: the same for all of the batch, of whatever size (torch.squeeze leaves other sizes be)."""
         size = shape(angle)
-        if len(size) == 3 and size[0] == 1 and size[:2] != shape(x)[:-2]:
+        if len(size) == 3 and size[0] == 1:
             return self.call(torch.squeeze, (angle, 0), (size[1:], angle.meta["dtype"]))
         return angle
 
@@ -191,6 +194,7 @@ class AttentionRules(Rewriter):
             raise Refused(f"head_dim {q_shape[-1]} or {q.meta['dtype']} is not for the kernel")
         self.closed(inside, [root])
         self.still(inside)
+        self.unwritten([root])
         with self.graph.inserting_before(root):
             arranged = [self._arrange(n, axes) for n, axes in ((q, q_axes), (k, k_axes), (v, v_axes))]
             new, _ = self.op("attention", tuple(arranged), [(q_shape, q.meta["dtype"])], causal=causal, sm_scale=scale)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from labkit.args import REFERENCE_FLOATS
 
@@ -28,6 +28,7 @@ SAME = {  # other names of the same operation
 CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy"}
 SHAPES_ONLY = {"size", "dim", "ndimension", "numel", "ones_like", "zeros_like", "full_like", "new_ones", "new_zeros"}
 SHAPES_ONLY |= {"new_full", "new_tensor", "shape", "dtype", "device", "ndim"}
+VIEW_OR_COPY = {"contiguous", "reshape", "flatten", "ravel"}  # the layout decides
 
 
 class Refused(Exception):
@@ -37,30 +38,44 @@ class Refused(Exception):
 # ---- 1. trace
 
 
+def _hooked(m):
+    return any((m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks))
+
+
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module, name):
-        return type(module) not in INLINED and super().is_leaf_module(module, name)
+        return _hooked(module) or (type(module) not in INLINED and super().is_leaf_module(module, name))
 
 
 def _fx_trace(module, inputs):
-    """Arguments that are no tensors, and defaults that are not given, become constants."""
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    constants = {p.name: p.default for p in parameters[len(inputs) :] if p.default is not p.empty}
-    constants |= {p.name: x for p, x in zip(parameters, inputs) if not isinstance(x, torch.Tensor)}
+    """Arguments that are no tensors become constants, also inside of tuples, lists and dictionaries."""
+    if _hooked(module):
+        raise ValueError("its hooks would be lost")
+    parameters = inspect.signature(module.forward).parameters.values()
+    constants = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    for p, x in zip(parameters, inputs):
+        if not isinstance(x, torch.Tensor):
+            constants[p.name] = tree_map(lambda leaf: fx.PH if isinstance(leaf, torch.Tensor) else leaf, x)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a constant is not checked: `Guard` checks it
         tracer = _Tracer()
         graph = tracer.trace(module, concrete_args=constants or None)
+    if packed := getattr(graph._codegen, "pytree_info", None):  # beside containers, torch.fx writes wrong code for ...
+        graph._codegen.pytree_info = packed._replace(orig_args=["self", *packed.orig_args[1:]])  # another name of self
+        for node in graph.find_nodes(op="placeholder"):
+            node.args = ()  # and for defaults, which `Guard` fills in
     return fx.GraphModule(tracer.root, graph, type(module).__name__)
 
 
 def _export_trace(module, inputs):
+    if any(map(_hooked, module.modules())):
+        raise ValueError("hooks would be lost")
     quiet = contextlib.redirect_stderr(io.StringIO())  # its advice on a failure: the error itself is reported
     logging.disable(logging.WARNING)
     try:
         with quiet, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            gm = torch.export.export(module, tuple(inputs)).module()
+            gm = torch.export.export(module, _clone(inputs)).module()
     finally:
         logging.disable(logging.NOTSET)
     for node in list(gm.graph.nodes):  # checks of the export itself: `Guard` checks the inputs
@@ -71,7 +86,8 @@ def _export_trace(module, inputs):
 
 
 def _clone(inputs):
-    return [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+    """Each tensor on its own: of one that is given twice, torch.export would make one input."""
+    return tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, tuple(inputs))
 
 
 def _same(a, b):
@@ -84,10 +100,10 @@ def _same(a, b):
 def run(function, inputs):
     """All that can be seen of a call: its outputs, and its inputs afterwards."""
     inputs = _clone(inputs)
-    devices = {x.device.index for x in inputs if isinstance(x, torch.Tensor) and x.is_cuda}
+    devices = {x.device.index for x in _tensors(inputs) if x.is_cuda}
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
-        return [*tree_leaves(function(*inputs)), *inputs]
+        return [*tree_leaves(function(*inputs)), *tree_leaves(inputs)]
 
 
 @contextlib.contextmanager
@@ -118,30 +134,46 @@ def trace(module, inputs):
     raise ValueError(f"module: got {type(module).__name__}, which cannot be traced ({'; '.join(problems)})")
 
 
+def arguments(name, takes, inputs):
+    """All positional arguments of a call, those that are not given by their defaults. takes: the module's signature."""
+    try:
+        bound = takes.bind(*inputs)
+    except TypeError as error:
+        raise ValueError(f"{name}: got {len(inputs)}, {error}") from None
+    bound.apply_defaults()
+    return bound.args
+
+
 @dataclass(frozen=True)
 class Guard:
-    """Called before the fused module: what was assumed of the inputs when the graph was fused."""
+    """Called before the fused module: fills in defaults, and checks what was assumed when the graph was fused."""
 
-    expected: tuple
+    takes: inspect.Signature
+    expected: list
     shapes_too: bool
 
     def __call__(self, module, inputs, keywords):
         if keywords:
             raise ValueError(f"inputs: got {', '.join(keywords)} by name, expected positional arguments")
-        if len(inputs) > len(self.expected):
+        inputs = arguments("inputs", self.takes, inputs)
+        if len(inputs) != len(self.expected):
             raise ValueError(f"inputs: got {len(inputs)}, expected {len(self.expected)}")
         for i, (x, want) in enumerate(zip(inputs, self.expected)):
             got = signature(x, self.shapes_too)
-            want = want[:-1] if isinstance(want, list) and not self.shapes_too else want
             if got != want:
                 raise ValueError(f"input {i}: got {got}, expected {want}, which it was fused for")
+        return inputs, {}
 
 
-def signature(x, shapes_too=True):
+def signature(x, shapes_too):
     """What is fixed of an input: ["torch.float32", "cpu", [2, 3]], or without the shape; no tensor: itself."""
-    if not isinstance(x, torch.Tensor):
-        return x
-    return [str(x.dtype), str(x.device), *([list(x.shape)] if shapes_too else [])]
+
+    def fixed(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        return [str(x.dtype), str(x.device), *([list(x.shape)] if shapes_too else [])]
+
+    return tree_map(fixed, x)
 
 
 # ---- 2. count
@@ -157,18 +189,27 @@ def _bytes(x):
     return math.prod(sizes) * x.element_size()
 
 
+def _storages(x):
+    return {tensor.untyped_storage()._cdata for tensor in _tensors(x)}
+
+
 class _Launches(TorchDispatchMode):
-    """Counts what reaches the device: every operation that neither makes a view nor only allocates is one kernel."""
+    """Counts what reaches the device: every operation that neither makes a view nor only allocates is one kernel.
+
+    written: the storages that were changed in place.
+    """
 
     def __init__(self):
         super().__init__()
-        self.launches, self.bytes = 0, 0
+        self.launches, self.bytes, self.written = 0, 0, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        names = [x.name for x in func._schema.arguments if x.alias_info is not None and x.alias_info.is_write]
+        given = {x.name: value for x, value in zip(func._schema.arguments, args)} | (kwargs or {})
+        self.written |= _storages([given.get(name) for name in names])
         out = func(*args, **(kwargs or {}))
         inputs, outputs = _tensors((args, kwargs)), _tensors(out)
-        storages = {x.untyped_storage()._cdata for x in inputs}
-        is_view = not func._schema.is_mutable and any(x.untyped_storage()._cdata in storages for x in outputs)
+        is_view = not func._schema.is_mutable and bool(_storages(inputs) & _storages(outputs))
         if outputs and not is_view and not func._schema.name.startswith(("aten::empty", "aten::new_empty")):
             self.launches += 1
             self.bytes += sum(map(_bytes, inputs)) + sum(map(_bytes, outputs))
@@ -176,7 +217,8 @@ class _Launches(TorchDispatchMode):
 
 
 class Counting(fx.Interpreter):
-    """Runs a graph and notes in every node's meta: shape, dtype, launches, bytes, and the value if no input decides it.
+    """Runs a graph and notes in every node's meta: shape, dtype, launches, bytes, which of its inputs it writes to, and
+    the value if no input decides it.
 
     fused: {function: its reference}. A fused function counts as one launch, and its reference is run in its place. So
     does torch's own attention on the meta device, where its one-kernel forms do not exist.
@@ -198,15 +240,73 @@ class Counting(fx.Interpreter):
         return out
 
     def run_node(self, node):
+        memory = {n: _storages(self.env[n]) for n in node.all_input_nodes}
         with _Launches() as self.seen:
             out = super().run_node(node)
         seen = self.seen
+        node.meta["writes"] = [n for n, storages in memory.items() if storages & seen.written]
         node.meta |= dict(launches=seen.launches, bytes=seen.bytes, fixed=_is_fixed(node))
         node.meta["shape"] = tuple(out.shape) if isinstance(out, torch.Tensor) else None
         node.meta["dtype"] = out.dtype if isinstance(out, torch.Tensor) else None
         if node.meta["fixed"] and node.op != "get_attr":
             node.meta["value"] = out
         return out
+
+
+def wide(x):
+    """Floats in fp64, and fp64 for the name of a float type."""
+    if isinstance(x, torch.Tensor):
+        return x.double() if x.is_floating_point() else x
+    return torch.float64 if isinstance(x, torch.dtype) and x.is_floating_point else x
+
+
+class _Wide(TorchDispatchMode):
+    """Operations on floats in fp64, whatever type they ask for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.is_mutable:
+            return func(*args, **(kwargs or {}))
+        return tree_map(wide, func(*tree_map(wide, args), **tree_map(wide, kwargs or {})))
+
+
+class _Exact(fx.Interpreter):
+    """Runs a graph in fp64, casts to narrower types included: what it means, without what it rounds."""
+
+    def __init__(self, gm, fused):
+        super().__init__(gm)
+        self.fused = fused
+
+    def call_function(self, target, arguments, kwargs):
+        return super().call_function(self.fused.get(target, target), arguments, kwargs)
+
+    def run_node(self, node):
+        return tree_map(wide, super().run_node(node))  # parameters
+
+
+def exact(gm, inputs, fused):
+    """What `run` tells of a graph in fp64, or [] if it cannot be computed so. fused: as for `Counting`."""
+    try:
+        with _Wide():
+            return run(_Exact(gm, fused).run, tree_map(wide, inputs))
+    except Exception:  # whatever an operation raises that has no fp64
+        return []
+
+
+def differences(got, want, num_inputs):
+    """What differs between two results of `exact`, in words. Only floats: indices may be a toss-up."""
+    words = []
+    for i, (a, b) in enumerate(zip(got, want)):
+        if not isinstance(b, torch.Tensor) or not b.is_floating_point() or b.is_meta:
+            continue
+        after = i - len(want) + num_inputs
+        what = f"output {i}" if after < 0 else f"input {after} afterwards"
+        if a.shape != b.shape:
+            words.append(f"{what} has shape {list(a.shape)}, expected {list(b.shape)}")
+            continue
+        error = torch.where((a == b) | (a.isnan() & b.isnan()), 0, (a - b).abs()).nan_to_num(math.inf)
+        if b.numel() and error.max() > 1e-6 * b.abs().nan_to_num(0, posinf=0).max():
+            words.append(f"{what} differs by up to {float(error.max()):.3g}")
+    return words
 
 
 def _is_fixed(node):
@@ -258,16 +358,9 @@ def is_number(x):
     return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
-def writes(node):
-    """Whether a node changes a tensor in place."""
-    if node.op not in ("call_function", "call_method"):
-        return False
-    schema = getattr(node.target, "_schema", None)
-    name = name_of(node)
-    in_place = name.endswith("_") and not name.endswith("__")
-    augmented = name in ("setitem", "iadd", "isub", "imul", "itruediv", "ipow", "imatmul")
-    options = node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True
-    return in_place or augmented or options or (schema is not None and schema.is_mutable)
+def is_plain(node):
+    """Neither x + alpha * y nor a quotient that is rounded."""
+    return (arg(node, None, "alpha", default=1), arg(node, None, "rounding_mode")) == (1, None)
 
 
 def is_transparent(node):
@@ -355,7 +448,8 @@ class Rewriter:
     def __init__(self, gm, functions, pinned):
         self.gm, self.graph, self.functions, self.pinned = gm, gm.graph, functions, pinned
         self.report = Report(self.rows())
-        self.effects = {node for node in self.graph.nodes if not node.users}  # nobody reads them: they are there to act
+        # Nobody reads them, or they write: they are there to act.
+        self.effects = {node for node in self.graph.nodes if not node.users or node.meta["writes"]}
 
     def rows(self):
         return [_row(node) for node in self.graph.nodes if node.meta["launches"]]
@@ -379,8 +473,27 @@ class Rewriter:
         order = self.order()
         first, last = min(map(order.get, inside)), max(map(order.get, inside))
         for node, i in order.items():
-            if first <= i <= last and writes(node):
+            if first <= i <= last and node.meta["writes"]:
                 raise Refused(f"{node.name} writes in place in between")
+
+    def views(self, node):
+        """The nodes that show node's memory, or would if it were laid out in another way."""
+        views = [node]
+        for view in views:
+            for user in view.users:
+                shows = user.meta["launches"] == 0 and name_of(user) not in SHAPES_ONLY
+                if (shows or name_of(user) in VIEW_OR_COPY or view in user.meta["writes"]) and user not in views:
+                    views.append(user)
+        return views
+
+    def unwritten(self, nodes):
+        """Refuse if one is changed in place, or a view of it: what takes its place is laid out in another way, so that
+        a view may become a copy or a copy a view.
+        """
+        for view in (view for node in nodes for view in self.views(node)):
+            for user in view.users:
+                if view in user.meta["writes"]:
+                    raise Refused(f"{user.name} writes in place to {view.name}")
 
     def hoist(self, *nodes):
         """Attributes to the top: they have no inputs, so they may be read at any time."""
@@ -392,7 +505,7 @@ class Rewriter:
     def call(self, target, arguments, like, **kwargs):
         """A new node at the insertion point. like: (shape, dtype); its launches and bytes are set by `replace`."""
         node = self.graph.call_function(target, arguments, kwargs)
-        node.meta = dict(launches=0, bytes=0, fixed=False, shape=like[0], dtype=like[1])
+        node.meta = dict(launches=0, bytes=0, fixed=False, writes=(), shape=like[0], dtype=like[1])
         return node
 
     def op(self, name, arguments, like, **kwargs):
@@ -404,10 +517,22 @@ class Rewriter:
         outputs = [self.call(operator.getitem, (node, i), meta) for i, meta in enumerate(like)] if len(like) > 1 else []
         return node, outputs
 
+    def paired(self, a, b):
+        """Two tensors of one shape. A size of 1 may be another size in another call, of one of them only."""
+        if 1 not in shape(a) or a is b or self.pinned:
+            return a, b
+        both = self.call(torch.broadcast_tensors, (a, b), (None, None))
+        return tuple(self.call(operator.getitem, (both, i), (shape(n), n.meta["dtype"])) for i, n in enumerate((a, b)))
+
     def replace(self, rule, new, pairs):
         """Users of old take new instead, for each (old, new); what nobody needs then goes. new: nodes to report."""
         before = [node.name for node in self.graph.nodes]
         for old, by in pairs:
+            for view in self.views(old)[1:]:  # where what is new cannot be viewed so, reshape copies
+                if view.op == "call_method" and view.target == "view" and not isinstance(view.args[1], torch.dtype):
+                    view.target = "reshape"
+                elif view.target is torch.ops.aten.view.default:
+                    view.target = torch.ops.aten.reshape.default
             old.replace_all_uses_with(by)
         for node in reversed(list(self.graph.nodes)):
             dead = not node.users and node not in self.effects
@@ -450,7 +575,7 @@ class Rewriter:
         stripped = set()
         bare = self.strip(node, stripped) if is_node(node) else node
         if is_node(bare) and name_of(bare) in ("mul", "div") and (top or len(bare.users) == 1):
-            if name_of(bare) == "mul" or arg(bare, None, "rounding_mode") is None:
+            if is_plain(bare):
                 inside |= stripped | {bare}
                 left = self.factors(arg(bare, 0, "input"), inside, False)
                 right = self.factors(arg(bare, 1, "other"), inside, False)
@@ -460,7 +585,7 @@ class Rewriter:
 
     def two(self, node, name):
         """The operands of a commutative operation, in both orders."""
-        if is_node(node) and name_of(node) == name and arg(node, None, "alpha", default=1) == 1:
+        if is_node(node) and name_of(node) == name and is_plain(node):
             a, b = arg(node, 0, "input"), arg(node, 1, "other")
             return [(a, b), (b, a)]
         return []
