@@ -1,9 +1,9 @@
 """The text that every reader already has: the Python standard library. Ids 0..255 are its bytes, then BOS and EOS.
 
 Three splits. `held_out` and `calibration` are files that are byte-identical in early releases of Python 3.11, 3.12 and
-3.13, pinned by sha256; one that differs here is left out, and `left_out` names it. `train` is the rest of the running Python's
-library: source with its docstrings, and the language reference in `pydoc_data`. It varies with the version, so a
-recipe that trains on it records its sha256.
+3.13, pinned by sha256; one that differs here is left out, and `left_out` names it. `train` is the rest of the running
+Python's library: source with its docstrings, and the language reference in `pydoc_data`. It varies with the version,
+so a recipe that trains on it records its sha256.
 """
 
 import hashlib

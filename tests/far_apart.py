@@ -9,7 +9,7 @@ import pytest
 import torch
 
 REACH = 2**31  # elements: the first offset that 32 bits do not hold
-_turn = open(Path(tempfile.gettempdir(), "far_apart.lock"), "w")  # noqa: SIM115: as long as the process
+_turn = open(Path(tempfile.gettempdir(), "far_apart.lock"), "w")  # open as long as the process
 
 
 def far_apart(x, dim):
