@@ -212,7 +212,7 @@ def test_in_a_browser(sample):
     with chromium() as browser:
         with page(browser, sample, width=390) as tab:
             assert overflow(tab) <= 0
-            assert tab.locator(".lab-player").count() == tab.locator(".lab-player[data-ready]").count() == 7
+            assert tab.locator(".lab-player").count() == tab.locator(".lab-player[data-ready]").count() == 1 + len(ALL)
             wrong = [problem for p in tab.query_selector_all(".lab-player") for problem in operate(tab, p)]
             assert not wrong, wrong
             assert "1.5 times too high" in tab.locator(".lab-yours").first.text_content()
