@@ -10,7 +10,8 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 # One thread and one instruction set, so that stored outputs are the same on every CPU.
-NOTEBOOK_ENV := OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell
+# torch.compile's cache knows no instruction sets: what it keeps of this one would spoil other processes.
+NOTEBOOK_ENV := OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell TORCHINDUCTOR_FX_GRAPH_CACHE=0
 JOBS ?= 2
 
 .DEFAULT_GOAL := book

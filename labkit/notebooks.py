@@ -23,12 +23,14 @@ from nbclient.exceptions import CellExecutionError
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS, REQUIREMENTS = ROOT / "chapters", ROOT / "requirements.txt"
 PYTHON = (3, 11)  # of the stored outputs
-# One thread and one instruction set, so that the stored outputs are the same on every x86 machine.
+# One thread and one instruction set, so that the stored outputs are the same on every x86 machine. torch.compile would
+# keep what it made for that set and hand it to a process that has another one, whose memory it then spoils: no cache.
 ENV = {
     "OMP_NUM_THREADS": "1",
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "OPENBLAS_CORETYPE": "Haswell",
+    "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
 }
 SECTIONS = (
     "Overview",
