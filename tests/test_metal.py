@@ -8,6 +8,17 @@ import pytest
 from labkit import bench, metal, record
 from labkit.metal import Stage
 
+PLANTED_BUGS = [
+    ("labkit/metal.py", "limit = min(stage.seconds, left)", "limit = stage.seconds"),
+    ("labkit/metal.py", "os.killpg, (process.pid, signal.SIGKILL)", "os.kill, (process.pid, signal.SIGKILL)"),
+    ("labkit/metal.py", "'failed' if code else 'ok'", "'failed' if code > 0 else 'ok'"),
+    ("labkit/metal.py", "int(any(verdict.startswith(\"failed\")", "int(all(verdict.startswith(\"failed\")"),
+    ("labkit/metal.py", "        if not dry:\n            row", "        if True:\n            row"),
+    ("labkit/metal.py", "if left < LEAST:", "if left < 0:"),
+    ("labkit/metal.py", "if self.tool and not shutil.which(self.tool[0]):", "if False:"),
+    ("labkit/metal.py", "last = line.strip(\"= \\n\") or last", "last = last or line.strip(\"= \\n\")"),
+    ("labkit/metal.py", "if machine is None and not dry:", "if machine is None:"),
+]
 NOW = dict(device="Test GPU", driver="1", torch="2", triton="3", date="2026-01-01 00:00:00", commit="abc")
 SLEEPER = "import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
 
@@ -21,7 +32,7 @@ def gpu(monkeypatch, tmp_path):
     """A machine that says it has a GPU, stages of our own, an empty results folder."""
     monkeypatch.setattr(bench, "this_gpu", lambda: bench.Machine("cpu", NOW))
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    stages = {"good": script("print('3 passed')"), "bad": script("print('1 failed'); raise SystemExit(1)")}
+    stages = {"good": script("print('begun'); print('3 passed')"), "bad": script("print('1 failed'); raise SystemExit(1)")}
     monkeypatch.setattr(metal, "STAGES", stages)
     return tmp_path / "test-gpu" / "metal.json"
 
