@@ -334,7 +334,8 @@ def dataflow_player(flow, where):
             bars.append((lane, 0, min(us[name] / us[best], 4.0), color, label))
         start = dict(zip(flow.impls[1:], row["switch"]))
         later = [f"{name} from M = {m1}" for name, m1 in start.items() if m1 is not None]
-        text = f"{shape}, M = {m}: {chosen}. Table: {flow.impls[0]} first, then {', then '.join(later) or 'nothing else'}."
+        text = f"{shape}, M = {m}: {chosen}. Table: {flow.impls[0]} first, "
+        text += f"then {', then '.join(later) or 'nothing else'}."
         if best != chosen:
             text += f" At this M {best} was faster: the rule goes by the first crossing and never back."
         switches = {name: "never" if m1 is None else m1 for name, m1 in start.items()}

@@ -59,7 +59,7 @@ STAGES = {
 
 
 def run(names, seconds=SECONDS, dry=False) -> int:
-    """Run the stages with these names within `seconds`. 1 if one failed, or if there is no usable GPU.
+    """Run the stages with these names within `seconds`. 1 if one failed or was stopped, or without a usable GPU.
 
     dry: their rehearsal on small sizes, anywhere; nothing is written.
     """
@@ -78,11 +78,12 @@ def run(names, seconds=SECONDS, dry=False) -> int:
                              **machine.shared, source_hash="")  # fmt: skip
             record.add([row], record.RESULTS / record.slug(machine.shared["device"]) / "metal.json", STAGES)
     print("\n".join(f"{name:10} {verdict}" for name, verdict in rows))
-    return int(any(verdict.startswith("failed") for _, verdict in rows))
+    return int(any(verdict.startswith(("failed", "stopped")) for _, verdict in rows))
 
 
 def run_stage(stage, left, dry=False) -> str:
-    """Run one stage; its output is shown as it comes. "ok: ...", "failed: ...", or "not run: " and why."""
+    """Run one stage; its output is shown as it comes. "ok: ", "failed: " or "stopped ...: " and its last line, or
+    "not run: " and why."""
     arguments = stage.dry if dry else stage.arguments
     if arguments is None:
         return "not run: it has no rehearsal"
@@ -105,5 +106,5 @@ def run_stage(stage, left, dry=False) -> str:
         last = line.strip("= \n") or last
     code, took = process.wait(), time.monotonic() - start
     alarm.cancel()
-    stopped = ", stopped: its time was spent" if code == -signal.SIGKILL else ""
-    return f"{'failed' if code else 'ok'}: {last[:160]} ({took:.0f} s{stopped})"
+    word = "stopped when its time was spent" if code == -signal.SIGKILL else "failed" if code else "ok"
+    return f"{word}: {last[:160]} ({took:.0f} s)"

@@ -11,8 +11,9 @@ from labkit.metal import Stage
 PLANTED_BUGS = [
     ("labkit/metal.py", "limit = min(stage.seconds, left)", "limit = stage.seconds"),
     ("labkit/metal.py", "os.killpg, (process.pid, signal.SIGKILL)", "os.kill, (process.pid, signal.SIGKILL)"),
-    ("labkit/metal.py", "'failed' if code else 'ok'", "'failed' if code > 0 else 'ok'"),
-    ("labkit/metal.py", "int(any(verdict.startswith(\"failed\")", "int(all(verdict.startswith(\"failed\")"),
+    ("labkit/metal.py", '"failed" if code else "ok"', '"ok"'),
+    ("labkit/metal.py", "code == -signal.SIGKILL", "code == signal.SIGKILL"),
+    ("labkit/metal.py", "int(any(verdict", "int(all(verdict"),
     ("labkit/metal.py", "        if not dry:\n            row", "        if True:\n            row"),
     ("labkit/metal.py", "if left < LEAST:", "if left < 0:"),
     ("labkit/metal.py", "if self.tool and not shutil.which(self.tool[0]):", "if False:"),
@@ -54,7 +55,7 @@ def test_one_that_hangs_is_stopped_with_all_it_started(gpu, monkeypatch):
     monkeypatch.setattr(metal, "LEAST", 0.0)
     start = time.monotonic()
     verdict = metal.run_stage(script(SLEEPER, seconds=3.0), 100.0)
-    assert verdict.startswith("failed: begun (3 s, stopped: its time was spent")
+    assert verdict == "stopped when its time was spent: begun (3 s)"
     assert time.monotonic() - start < 30  # not the 60 s that its child would sleep, with the pipe open
 
 
