@@ -179,8 +179,9 @@ def begin_again(names, seconds, skip) -> int:
     os.execv(sys.executable, [sys.executable, "-m", "kernels", *arguments])
 
 
-def tune(dry) -> int:
-    """Compile all trials and, on a GPU, measure them. dry: check them on tiny sizes; 1 if one is wrong."""
+def tune(dry, seconds=SECONDS) -> int:
+    """Compile all trials; on a GPU, measure them within `seconds`. dry: check them on tiny sizes; 1 if one is wrong."""
+    end = time.monotonic() + seconds
     machine = check_only() if dry else bench.this_gpu()
     rows, path, names = [], None, [trial.name for trial in trials.TRIALS]
     if not dry:
@@ -189,10 +190,13 @@ def tune(dry) -> int:
             compiled = trials.compile_trials()
             trials.save(compiled)
     if machine and not dry:
-        compile_ahead([("trials", i) for i in range(len(names))], SECONDS / 3)
+        compile_ahead([("trials", i) for i in range(len(names))], (end - time.monotonic()) / 2)
         path = record.RESULTS / record.slug(machine.shared["device"]) / "trials.json"
         rows = bench.measure_ceilings("trials", machine)
     for trial in trials.TRIALS if machine else ():
+        if not dry and time.monotonic() > end:
+            print(f"{trial.name}: SKIPPED, the time was spent", flush=True)
+            continue
         rows += trials.measure(trial, machine, tiny=dry)
         if path:
             record.add(rows, path, names)
@@ -263,14 +267,14 @@ def main(arguments=None) -> int:
     parser.add_argument("command", choices=("record", "tune", "metal", "codegen", "experiments"))
     parser.add_argument("names", nargs="*")
     parser.add_argument("--dry", action="store_true", help="with record, tune and metal: check, do not measure")
-    parser.add_argument("--seconds", type=float, help="with record and metal: how long it may take")
+    parser.add_argument("--seconds", type=float, help="with record, tune and metal: how long it may take")
     parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--table", action="store_true", help="with codegen: write the table of the book")
     options = parser.parse_intermixed_args(arguments)
     if options.command == "experiments":
         return run_experiments(options.names)
     if options.command == "tune":
-        return tune(options.dry)
+        return tune(options.dry, options.seconds or SECONDS)
     if options.command == "metal":
         return metal.run(chosen(metal.STAGES, options.names), options.seconds or metal.SECONDS, options.dry)
     names = chosen(topics("cases" if options.command == "record" else "codegen_cases"), options.names)

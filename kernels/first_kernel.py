@@ -4,6 +4,8 @@ Each is a step from PyTorch towards the kernels of the chapters: a grid of progr
 then tiles of two dimensions that are fetched ahead.
 """
 
+import numbers
+
 import torch
 import triton
 import triton.language as tl
@@ -33,7 +35,7 @@ def axpy(a, x, y, *, block=2048):
     block: elements per program, a power of two; the result does not depend on it.
     Returns [n] in x.dtype. Raises ValueError naming the argument.
     """
-    args.expect(isinstance(a, (int, float)), "a", type(a).__name__, "a number")
+    args.expect(isinstance(a, numbers.Real), "a", type(a).__name__, "a number")
     args.tensor("x", x, ("n",), dtypes=args.FLOATS)
     args.tensor("y", y, tuple(x.shape), like=x, dtype=x.dtype)
     ok = isinstance(block, int) and 1 <= block <= 2**16 and block & (block - 1) == 0

@@ -16,8 +16,8 @@ def compile_ahead(jobs, seconds) -> None:
     with multiprocessing.get_context("spawn").Pool(min(PROCESSES, os.cpu_count())) as pool:  # its end ends them
         done = pool.starmap_async(warm, jobs, chunksize=1)
         done.wait(seconds)
-    all_or_not = "" if done.ready() else ", not all of it: the rest is compiled when it is met"
-    print(f"Compiled ahead in {time.monotonic() - start:.0f} s{all_or_not}", flush=True)
+        why = "" if done.ready() and done.successful() else ", not all of it: the rest is compiled when it is met"
+    print(f"Compiled ahead in {time.monotonic() - start:.0f} s{why}", flush=True)
 
 
 def warm(topic, number) -> None:

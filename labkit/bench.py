@@ -169,7 +169,7 @@ def once(reference):
 
     def under(**options):
         def call(**inputs):
-            key = (*(getattr(x, "dtype", None) for x in inputs.values()), *sorted(options.items()))
+            key = (*(getattr(x, "dtype", None) for x in inputs.values()), repr(sorted(options.items())))
             if key not in known:
                 known[key] = reference(**inputs, **options)
             return known[key]
@@ -206,8 +206,12 @@ def measure(topic, case, ops, machine: Machine) -> list[Row]:
         rows[name] = row
     samples = {name: [] for name in samplers}
     for _ in range(ROUNDS):  # in turn, so that a drifting clock meets all of them
-        for name, sample in samplers.items():
-            samples[name] += sample()
+        for name, sample in list(samplers.items()):
+            try:
+                samples[name] += sample()
+            except Exception as error:
+                rows[name] = replace(rows[name], mode="", verdict=_reason(error))
+                del samplers[name], samples[name]
     for name, us in samples.items():
         rows[name] = replace(rows[name], ran=True, us=[round(x, 3) for x in us])
     return list(rows.values())

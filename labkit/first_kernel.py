@@ -1,6 +1,7 @@
 """The first kernels in plain torch: what each computes, what is measured and compiled, and the page's pictures."""
 
 import functools
+import numbers
 
 import torch
 
@@ -13,7 +14,7 @@ from labkit.gpus import GPUS
 
 def axpy(a, x, y):
     """a * x + y: a a number; x, y [n]; fp16, bf16, fp32 or fp64. Raises ValueError naming the argument."""
-    args.expect(isinstance(a, (int, float)), "a", type(a).__name__, "a number")
+    args.expect(isinstance(a, numbers.Real), "a", type(a).__name__, "a number")
     args.tensor("x", x, ("n",), dtypes=args.REFERENCE_FLOATS)
     args.tensor("y", y, tuple(x.shape), like=x, dtype=x.dtype)
     return torch.add(y, x, alpha=a)
@@ -128,7 +129,7 @@ def launch_player(out, walk, block):
     )  # fmt: skip
 
 
-REGISTERS = 65_536  # of 4 bytes, an SM; CUDA C++ programming guide, "Technical Specifications per Compute Capability"
+REGISTERS = 65_536  # of 4 bytes, per SM; CUDA C++ programming guide, "Technical Specifications per Compute Capability"
 L2 = 60 * 2**20  # bytes; what PyTorch reports of an H200
 
 
@@ -150,7 +151,7 @@ def machine_figure():
 
     levels = machine()
     registers, shared, l2, hbm = levels.values()
-    fig, ax = plot.figure(height=4.6)
+    fig, ax = plot.figure(width=5.2, height=4.2)
 
     def box(x, y, width, height, text, color, alpha=0.25, **options):
         rectangle = plot.plt.Rectangle((x, y), width, height, facecolor=(color, alpha), edgecolor=color, linewidth=1.2)
@@ -159,7 +160,7 @@ def machine_figure():
 
     def arrow(x, y, length, text):
         ax.annotate("", (x, y + length), (x, y), arrowprops={"arrowstyle": "<->", "color": plot.COLORS["black"]})
-        ax.text(x + 0.12, y + length / 2, text, va="center", fontsize=9)
+        ax.text(x + 0.12, y + length / 2, text, va="center", fontsize=8)
 
     color = plot.COLORS
     box(0, 0, 10, 0.9, f"HBM, {hbm[0] / 1e9:.0f} GB: the tensors", color["orange"])
@@ -167,17 +168,17 @@ def machine_figure():
     box(0, 1.6, 10, 0.9, f"L2 cache, {l2[0] / 2**20:.0f} MiB, for all SMs", color["purple"])
     arrow(0.6, 2.5, 0.7, "")
     box(0, 3.2, 5.9, 4.1, "", color["blue"], 0.08)
-    ax.text(0.2, 7.0, f"an SM, one of {registers[1]}", va="center", weight="bold")
+    ax.text(0.2, 7.0, f"an SM, one of {registers[1]}", va="center", weight="bold", fontsize=9)
     box(0.3, 3.4, 5.3, 0.8, f"shared memory, {shared[0] / 1024:.0f} KiB", color["green"])
     arrow(0.6, 4.2, 0.5, f"{shared[2] / 1e12:.0f} TB/s, all SMs together")
     box(0.3, 4.7, 5.3, 0.8, f"registers, {registers[0] / 1024:.0f} KiB", color["blue"])
     for i in range(4):
-        box(0.3 + 1.35 * i, 5.7, 1.25, 1.0, "32 lanes\nmatrix unit", color["sky"], fontsize=8)
+        box(0.3 + 1.35 * i, 5.7, 1.25, 1.0, "32 lanes\nmatrix\nunit", color["sky"], fontsize=8)
     box(6.4, 3.2, 3.6, 4.1, "", color["black"], 0.05)
-    ax.text(6.6, 7.0, "a program, num_warps = 4", va="center", weight="bold")
+    ax.text(6.6, 7.0, "a program, 4 warps", va="center", weight="bold", fontsize=9)
     for i in range(4):
-        box(6.6, 6.1 - 0.75 * i, 3.2, 0.6, f"warp {i}: 32 lanes, in step", color["sky"], fontsize=9)
-    ax.text(6.6, 3.5, "its tiles: in the lanes' registers", va="center", fontsize=9)
+        box(6.6, 6.1 - 0.75 * i, 3.2, 0.6, f"warp {i}: 32 lanes, in step", color["sky"], fontsize=8)
+    ax.text(6.6, 3.5, "tiles: in lanes' registers", va="center", fontsize=8)
     ax.annotate("", (5.9, 5.2), (6.4, 5.2), arrowprops={"arrowstyle": "->", "color": color["black"]})
     ax.set(xlim=(-0.05, 10.05), ylim=(-0.05, 7.4))
     ax.axis("off")

@@ -172,8 +172,9 @@ class AttentionRules(Rewriter):
         scores, causal = self._unmasked(self.strip(arg(p, 0, "input"), inside), inside)
         scale, qk = 1.0, None
         for factor, sign in self.factors(scores, inside):
-            if is_number(factor):
-                scale *= factor**sign
+            number = self._number(factor)
+            if is_number(number) and (number or sign == 1):
+                scale *= number**sign
             elif qk is None and sign == 1:
                 qk = self.strip(factor, inside)
             else:
@@ -284,7 +285,9 @@ class AttentionRules(Rewriter):
         return self.strip(scores, inside), True
 
     def _fixed(self, node):
-        """A mask that follows from sizes and constants: no input, and no parameter that training might change."""
+        """A mask that follows from sizes and constants: no input, no parameter that training might change, and nothing
+        that is written to, whatever with.
+        """
         if not is_node(node) or not node.meta["fixed"]:
             return False
         todo, seen = [node], set()
@@ -295,6 +298,8 @@ class AttentionRules(Rewriter):
             seen.add(n)
             if n.op == "get_attr" and isinstance(attribute(self.gm, n.target), nn.Parameter):
                 return False
+            if any(view in user.meta["writes"] for view in self.views(n) for user in view.users):
+                return False
             todo += [] if name_of(n) in SHAPES_ONLY else n.all_input_nodes
         return True
 
@@ -302,10 +307,14 @@ class AttentionRules(Rewriter):
         return attribute(self.gm, node.target) if node.op == "get_attr" else node.meta["value"]
 
     def _number(self, x):
-        if is_node(x) and self._fixed(x):
-            self.pinned = True  # it follows from the sizes
-            x = self._value(x)
-        return x.item() if isinstance(x, torch.Tensor) and x.numel() == 1 else x
+        """x, or the number if it is a node whose value follows from sizes and constants."""
+        value = self._value(x) if is_node(x) and self._fixed(x) else x
+        if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_meta:
+            value = value.item()
+        if not is_number(value):
+            return x
+        self.pinned |= is_node(x)  # it follows from the sizes
+        return value
 
     def _unrepeated(self, node, axes, inside):
         """K or V before its heads were copied for their groups: the kernel reads each once."""

@@ -71,13 +71,14 @@ def _export_trace(module, inputs):
     if any(map(_hooked, module.modules())):
         raise ValueError("hooks would be lost")
     quiet = contextlib.redirect_stderr(io.StringIO())  # its advice on a failure: the error itself is reported
-    logging.disable(logging.WARNING)
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.WARNING))
     try:
         with quiet, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             gm = torch.export.export(module, _clone(inputs)).module()
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
     for node in list(gm.graph.nodes):  # checks of the export itself: `Guard` checks the inputs
         if node.target == "_guards_fn" or "_assert_tensor_metadata" in str(node.target):
             gm.graph.erase_node(node)
@@ -125,6 +126,9 @@ def trace(module, inputs):
         try:
             gm = tracer(module, inputs)
             got = run(lambda *x, gm=gm: Counting(gm).run(*x), inputs)
+            if any(n.op == "get_attr" and "_tensor_constant" in n.target for n in _written(gm)):
+                problems.append(f"{how}: a tensor that is made anew in every call would be kept and written to")
+                continue
             if len(got) == len(want) and all(map(_same, got, want)):
                 return gm, how == "torch.export"
             problems.append(f"{how}: what it traced computes something else than the module")
@@ -142,6 +146,10 @@ def arguments(name, takes, inputs):
         raise ValueError(f"{name}: got {len(inputs)}, {error}") from None
     bound.apply_defaults()
     return bound.args
+
+
+def _written(gm):
+    return {node for user in gm.graph.nodes for node in user.meta["writes"]}
 
 
 @dataclass(frozen=True)
@@ -229,8 +237,9 @@ class Counting(fx.Interpreter):
         self.fused = dict(fused)
 
     def call_function(self, target, arguments, kwargs):
-        if target is nn.functional.scaled_dot_product_attention and arguments[0].is_meta:
-            self.fused[target] = lambda q, k, v, *_, **__: torch.empty_like(q)  # laid out like q, as they do
+        q = next(iter(_tensors((arguments, kwargs.get("query")))), None)
+        if target is nn.functional.scaled_dot_product_attention and q.is_meta:
+            self.fused[target] = _empty_attention
         if target not in self.fused:
             return super().call_function(target, arguments, kwargs)
         with torch.utils._python_dispatch._disable_current_modes():
@@ -251,6 +260,13 @@ class Counting(fx.Interpreter):
         if node.meta["fixed"] and node.op != "get_attr":
             node.meta["value"] = out
         return out
+
+
+def _empty_attention(query, key, value, *_, **__):
+    """Laid out like q, as torch's own do, and as wide as v."""
+    outer_first = sorted(range(query.ndim), key=query.stride, reverse=True)
+    size = (*query.shape[:-1], value.shape[-1])
+    return torch.empty_permuted(size, outer_first, dtype=query.dtype, device=query.device)
 
 
 def wide(x):
@@ -284,18 +300,18 @@ class _Exact(fx.Interpreter):
 
 
 def exact(gm, inputs, fused):
-    """What `run` tells of a graph in fp64, or [] if it cannot be computed so. fused: as for `Counting`."""
+    """(what `run` tells of a graph in fp64, ""), or (None, why it cannot be computed so). fused: as for `Counting`."""
     try:
         with _Wide():
-            return run(_Exact(gm, fused).run, tree_map(wide, inputs))
-    except Exception:  # whatever an operation raises that has no fp64
-        return []
+            return run(_Exact(gm, fused).run, tree_map(wide, inputs)), ""
+    except Exception as error:  # whatever an operation raises that has no fp64
+        return None, f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')[:150]}"
 
 
 def differences(got, want, num_inputs):
     """What differs between two results of `exact`, in words. Only floats: indices may be a toss-up."""
     words = []
-    for i, (a, b) in enumerate(zip(got, want)):
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
         if not isinstance(b, torch.Tensor) or not b.is_floating_point() or b.is_meta:
             continue
         after = i - len(want) + num_inputs
@@ -400,13 +416,17 @@ class Row:
 
 @dataclass
 class Report:
-    """What `fuse` did. before, after: rows in order; steps; left: why known subgraphs were left alone."""
+    """What `fuse` did. before, after: rows in order; steps; left: why known subgraphs were left alone.
+
+    unchecked: why the two graphs were not compared in fp64, if they were not.
+    """
 
     before: list[Row]
     after: list[Row] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     rows: dict[str, Row] = field(default_factory=dict)
+    unchecked: str = ""
 
     @staticmethod
     def total(rows):
@@ -425,7 +445,8 @@ class Report:
             lines.append(textwrap.fill(words, 84, initial_indent="    ", subsequent_indent="    "))
         rules = Counter(step.rule for step in self.steps)
         lines.append("replaced: " + (", ".join(f"{n} {rule}" for rule, n in rules.items()) or "nothing"))
-        return "\n".join([*lines, *(f"left alone: {reason}" for reason in dict.fromkeys(self.left))])
+        lines += [f"left alone: {reason}" for reason in dict.fromkeys(self.left)]
+        return "\n".join(lines + ([f"not checked in fp64: {self.unchecked}"] if self.unchecked else []))
 
     def states(self):
         """The rows before the first step, after the first, and so on: [(rule, rows)]."""
@@ -479,6 +500,10 @@ class Rewriter:
     def views(self, node):
         """The nodes that show node's memory, or would if it were laid out in another way."""
         views = [node]
+        if node.op == "get_attr":  # a buffer has one node for each time it is read
+            own = _storages(attribute(self.gm, node.target))
+            others = (n for n in self.graph.find_nodes(op="get_attr") if n is not node)
+            views += [n for n in others if own & _storages(attribute(self.gm, n.target))]
         for view in views:
             for user in view.users:
                 shows = user.meta["launches"] == 0 and name_of(user) not in SHAPES_ONLY
@@ -529,8 +554,9 @@ class Rewriter:
         before = [node.name for node in self.graph.nodes]
         for old, by in pairs:
             for view in self.views(old)[1:]:  # where what is new cannot be viewed so, reshape copies
-                if view.op == "call_method" and view.target == "view" and not isinstance(view.args[1], torch.dtype):
-                    view.target = "reshape"
+                if view.op == "call_method" and view.target == "view" and len(view.args) > 1:
+                    if not isinstance(view.args[1], torch.dtype):
+                        view.target = "reshape"
                 elif view.target is torch.ops.aten.view.default:
                     view.target = torch.ops.aten.reshape.default
             old.replace_all_uses_with(by)
@@ -551,15 +577,30 @@ class Rewriter:
                 if node in known:
                     continue
                 known.add(node)
+                nodes, parameters, pinned = set(self.graph.nodes), set(self.gm._parameters), self.pinned
                 try:
                     if function(node):
                         break
                 except Refused as reason:
                     self.report.left.append(f"{rule} at {node.name}: {reason}")
-                except (TypeError, AttributeError, IndexError) as error:  # e.g. a number where a node was expected
+                except (TypeError, AttributeError, IndexError, ArithmeticError) as error:  # e.g. a number for a node
+                    if not self._undone(nodes, parameters):
+                        raise
                     self.report.left.append(f"{rule} at {node.name}: an unknown form ({type(error).__name__})")
+                self.pinned = pinned  # whatever was looked at, nothing came of it
             else:
                 return
+
+    def _undone(self, nodes, parameters):
+        """Take out what a rule added before it failed. False if the graph that was there has changed as well."""
+        added = [node for node in self.graph.nodes if node not in nodes]
+        if len(added) + len(nodes) != len(self.graph.nodes) or any(nodes & set(node.users) for node in added):
+            return False
+        for node in reversed(added):
+            self.graph.erase_node(node)
+        for name in set(self.gm._parameters) - parameters:
+            delattr(self.gm, name)
+        return True
 
     # -- reading through spellings
 

@@ -6,6 +6,7 @@ notebooks run, does NVIDIA's compute-sanitizer find something. What came of them
 `results/<gpu>/metal.json`, and shown on the page "Results". A stage is also a command that can be run alone.
 """
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -18,11 +19,12 @@ from dataclasses import dataclass
 from labkit import bench, record
 from labkit.provenance import ROOT
 
-SECONDS = 1500.0
+SECONDS = 1800.0
 LEAST = 20.0  # a stage is not begun with less
 JOBS = str(max(2, (os.cpu_count() or 2) // 2))
 HANGS = ("-o", "faulthandler_timeout=180", "-o", "faulthandler_exit_on_timeout=true")
 PYTEST = ("-m", "pytest", "-q", "--on-device", *HANGS)
+TESTS = ("pytest", "xdist", "safetensors", "matplotlib")
 SAMPLE = ("--every", "12")  # under compute-sanitizer all tests would take hours
 
 
@@ -33,15 +35,15 @@ class Stage:
     arguments: tuple[str, ...]  # of Python
     seconds: float  # that it may take
     tool: tuple[str, ...] = ()  # a program to run it under
-    needs: str = ""  # a module
+    needs: tuple[str, ...] = ()  # modules
     dry: tuple[str, ...] | None = None  # arguments of a rehearsal without a GPU; None: there is none
 
-    def missing(self) -> str:
-        """Why it can't run here, "" if it can."""
-        if self.tool and not shutil.which(self.tool[0]):
+    def missing(self, dry=False) -> str:
+        """Why it can't run here, "" if it can. dry: without its tool."""
+        if self.tool and not dry and not shutil.which(self.tool[0]):
             return f"{self.tool[0]} is missing"
-        found = subprocess.run([sys.executable, "-c", f"import {self.needs or 'sys'}"], capture_output=True)
-        return "" if found.returncode == 0 else f"the package {self.needs} is missing"
+        missing = [name for name in self.needs if importlib.util.find_spec(name) is None]
+        return f"missing: {', '.join(missing)}" if missing else ""
 
 
 def _sanitizer(tool):
@@ -49,12 +51,12 @@ def _sanitizer(tool):
 
 
 STAGES = {
-    "tests": Stage((*PYTEST, "-n", JOBS), 180, needs="xdist", dry=(*PYTEST, "-n", JOBS, *SAMPLE)),
+    "tests": Stage((*PYTEST, "-n", JOBS), 180, needs=TESTS, dry=(*PYTEST, "-n", JOBS, *SAMPLE)),
     "record": Stage(("-m", "kernels", "record"), 490, dry=("-m", "kernels", "record", "--dry")),
     "tune": Stage(("-m", "kernels", "tune"), 180, dry=("-m", "kernels", "tune", "--dry")),
-    "notebooks": Stage(("-m", "labkit.notebooks", "test", "-n", JOBS), 300, needs="nbval"),
-    "memcheck": Stage((*PYTEST, *SAMPLE), 300, _sanitizer("memcheck")),
-    "racecheck": Stage((*PYTEST, *SAMPLE), 300, _sanitizer("racecheck")),
+    "notebooks": Stage(("-m", "labkit.notebooks", "test", "-n", JOBS), 300, needs=("nbval", "ipykernel")),
+    "memcheck": Stage((*PYTEST, *SAMPLE), 300, _sanitizer("memcheck"), TESTS),
+    "racecheck": Stage((*PYTEST, *SAMPLE), 300, _sanitizer("racecheck"), TESTS),
 }
 
 
@@ -89,10 +91,11 @@ def run_stage(stage, left, dry=False) -> str:
         return "not run: it has no rehearsal"
     if left < LEAST:
         return "not run: the time was spent"
-    if why := ("" if dry else stage.missing()):
+    if why := stage.missing(dry):
         return f"not run: {why}"
     limit = min(stage.seconds, left)
-    arguments = [*arguments, "--seconds", f"{limit - LEAST / 2:.0f}"] if arguments[-1] == "record" else [*arguments]
+    timed = not dry and arguments[-1] in ("record", "tune")  # they stop themselves, and keep what they have
+    arguments = [*arguments, *(("--seconds", f"{limit - LEAST / 2:.0f}") if timed else ())]
     command = [*(() if dry else stage.tool), sys.executable, *arguments]
     env = os.environ | {"OMP_NUM_THREADS": "1"} | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if stage.tool else {})
     start, last = time.monotonic(), ""
@@ -101,10 +104,14 @@ def run_stage(stage, left, dry=False) -> str:
     )
     alarm = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))  # with all that it started
     alarm.start()
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        last = line.strip("= \n") or last
-    code, took = process.wait(), time.monotonic() - start
-    alarm.cancel()
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last = line.strip("= \n") or last
+        code, took = process.wait(), time.monotonic() - start
+    finally:  # Ctrl-C does not reach a session of its own
+        alarm.cancel()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     word = "stopped when its time was spent" if code == -signal.SIGKILL else "failed" if code else "ok"
     return f"{word}: {last[:160]} ({took:.0f} s)"

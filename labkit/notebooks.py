@@ -299,6 +299,7 @@ def without_pinned_text(path, folder):
 def nbval(paths, pytest_args):
     """Run nbval on the notebooks: strict where the outputs were stored, elsewhere lax. Returns pytest's exit code."""
     from labkit import corpus
+    from labkit.provenance import with_root
 
     reason, other_text = setup_differs(), corpus.differs()
     mode = "--nbval-lax" if reason else "--nbval"
@@ -308,7 +309,7 @@ def nbval(paths, pytest_args):
         if other_text:
             print(f"nbval: skips the cells tagged pinned-text, {other_text}", flush=True)
             paths = [without_pinned_text(path, folder) for path in paths]
-        env = {**os.environ, **ENV, "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, **ENV, "PYTHONPATH": with_root()}
         return subprocess.run([*command, *map(str, paths)], env=env).returncode
 
 

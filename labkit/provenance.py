@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import io
 import json
+import os
 import tokenize
 from pathlib import Path
 
@@ -21,6 +22,11 @@ _LAYOUT = {tokenize.NEWLINE: ";", tokenize.INDENT: "{", tokenize.DEDENT: "}"}
 # Python 3.12 splits f- and t-strings into parts; 3.11 has no such tokens, hence the -1.
 _STRING_START = {getattr(tokenize, f"{kind}STRING_START", -1) for kind in "FT"}
 _STRING_END = {getattr(tokenize, f"{kind}STRING_END", -1) for kind in "FT"}
+
+
+def with_root() -> str:
+    """PYTHONPATH for a process of ours: the lab before whatever stands there already."""
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
 def source_hash(*roots, extra=None):

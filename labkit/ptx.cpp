@@ -5,10 +5,12 @@
 // instructions are off by about what the PTX ISA allows.
 // Reported, with the line of the PTX: accesses outside the arguments or misaligned, warps of a program that touch the
 // same shared memory without a barrier between, writes of what a matrix product in flight may still read, programs that
-// touch the same bytes without an atomic between, instructions of a whole warp that only some lanes reach, waits for a
-// barrier that nothing ends.
-// Not seen: a missing fence between generic and asynchronous accesses; which atomic orders what (a program that has
-// done one may read everything); a result of wgmma that is used before its wait; a loop that polls memory for ever.
+// touch the same bytes without an atomic between, reads of what a program has not announced by an atomic (with a barrier
+// before, where another warp stored it), instructions of a whole warp that only some lanes reach, waits for a barrier
+// that nothing ends.
+// Not seen: a missing fence between generic and asynchronous accesses; which atomic orders what (one of a program's
+// announces all that it has stored, one of a reader's lets it read all that is announced); a result of wgmma that is
+// used before its wait; a loop that polls memory for ever.
 
 #include <algorithm>
 #include <cmath>
@@ -82,8 +84,21 @@ struct Code {
 struct Range {  // memory that the launch may touch: the storage of one argument
     u64 begin, end;
     u32 *writer, *reader;  // of every byte: the program that touched it last, + 1; SEVERAL readers
+    u32* stamp;            // of every byte: when, and which warp of its program wrote it: epoch << 8 | warp
 };
 constexpr u32 SEVERAL = 0xffffffffu;
+
+// What a program has announced by atomics that release. An atomic speaks for the stores of its own warp, and for those
+// of others from before the last barrier.
+struct Announced {
+    u32 epoch = 0;                // of the last such atomic
+    std::vector<u32> by_warp{0};  // the same for each warp
+
+    bool covers(u32 stamp) const {
+        u32 at = stamp >> 8, warp = stamp & 255;
+        return epoch > at || (warp < by_warp.size() && by_warp[warp] >= at);
+    }
+};
 
 struct Launch {
     const Code* code;
@@ -95,6 +110,7 @@ struct Launch {
     bool watch_races;
     Counts* counts;  // of every instruction
     u64 state;       // of the generator: xorshift64
+    std::map<int, Announced> announced = {};  // of every program
 
     u64 random(u64 below) {
         state ^= state << 13;
@@ -252,9 +268,13 @@ void mark_global(Warp& warp, Range& range, u64 address, u32 size, bool write) {
             if (writer && writer != me) fault("programs %d and %d write the same byte", writer - 1, me - 1);
             if (reader && reader != me && !program.acquired) fault("a write of what another program has read");
             range.writer[i] = me;
+            range.stamp[i] = program.epoch << 8 | u32(warp.index);
         } else {
             if (writer && writer != me && !program.acquired)
                 fault("a read of what program %d wrote, and no atomic between", writer - 1);
+            if (writer && writer != me && !program.launch->announced[writer - 1].covers(range.stamp[i]))
+                fault("a read of what warp %u of program %d wrote: an atomic of another warp announced it, and no "
+                      "barrier between", range.stamp[i] & 255, writer - 1);
             range.reader[i] = reader && reader != me ? SEVERAL : me;
         }
     }
@@ -443,7 +463,11 @@ void atomic_add(Warp& w, const Instruction& i, u32 lanes) {  // rows old, addres
         u32 sum = i.numbers[1] ? bits<u32>(bits<f32>(old) + bits<f32>(x)) : old + x;
         memcpy((void*)address, &sum, 4);
         if (i.rows[0] >= 0) w.row(i.rows[0])[lane] = old;
-        w.program->acquired |= i.numbers[2] != 0;
+        if (!i.numbers[2]) return;
+        w.program->acquired = true;
+        Announced& announced = w.program->launch->announced[w.program->id];
+        announced.by_warp.resize(w.program->warps.size());
+        announced.by_warp[w.index] = announced.epoch = w.program->epoch;
     });
 }
 
@@ -1130,8 +1154,8 @@ s64 ptx_launch(const void* code, const s64* grid, s64 num_threads, s64 shared_si
     s64 failed = 0;
     try {
         for (s64 k = 0; k < num_ranges; k++) {
-            Range r{u64(ranges[2 * k]), u64(ranges[2 * k + 1]), nullptr, nullptr};
-            if (watch_races) r.writer = one_each_byte(r), r.reader = one_each_byte(r);
+            Range r{u64(ranges[2 * k]), u64(ranges[2 * k + 1]), nullptr, nullptr, nullptr};
+            if (watch_races) r.writer = one_each_byte(r), r.reader = one_each_byte(r), r.stamp = one_each_byte(r);
             launch.ranges.push_back(r);
         }
         std::vector<int> order(size_t(grid[0]) * grid[1] * grid[2]);
@@ -1156,7 +1180,7 @@ s64 ptx_launch(const void* code, const s64* grid, s64 num_threads, s64 shared_si
         failed = 1;
     }
     for (auto& r : launch.ranges)
-        for (u32* p : {r.writer, r.reader})
+        for (u32* p : {r.writer, r.reader, r.stamp})
             if (p) munmap(p, 4 * std::max<u64>(r.end - r.begin, 1));
     return failed;
 }

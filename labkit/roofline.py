@@ -153,9 +153,11 @@ def draw(points, *, name, caption, alt, gpu="H200"):
         ax.annotate(kind, (high, peak), (0, 8 if peak > 500 else -9), **beside)
     ridge = GPUS[gpu].flops_per_byte
     ax.plot([ridge, ridge], [0.1, GPUS[gpu].bf16_flops / 1e12], color="#888888", lw=1, ls=":", marker="")
+    paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+    beside = {"textcoords": "offset points", "ha": "center", "color": "#555555", "size": 9, "bbox": paper}
+    ax.annotate("ridge", (ridge, 1.1), (0, 0), **beside)
     for words, far, align in (("waits for memory", -6, "right"), ("for the matrix unit", 6, "left")):
         ax.annotate(words, (ridge, 0.5), (far, 0), textcoords="offset points", ha=align, color="#555555", size=9)
-    paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
     for point in points:
         x, y = point.intensity, attainable(GPUS[gpu], point.intensity) / 1e12
         ax.plot(x, y, "o", color=plot.COLORS["black"], ms=6, zorder=4)

@@ -73,7 +73,12 @@ class Cache:
 
 @dataclass
 class Run:
-    """What `generate` wrote, and what it took. computed: tokens that went through the model, prompt included."""
+    """What `generate` wrote, and what it took.
+
+    accepted: drafted tokens that were written, the last token of each pass not counted: it is the model's own, also
+    where it is a stop token that was drafted. So len(tokens) == passes + accepted. computed: tokens that went through
+    the model, prompt included.
+    """
 
     tokens: list[int] = field(default_factory=list)
     passes: int = 0
@@ -98,9 +103,9 @@ def generate(model, prompt: Sequence[int], max_new_tokens: int, draft: Callable 
         row = tokens[cache.length :] + guess  # the first time the prompt, then the one token without keys
         own = cache.forward(row)[-len(guess) - 1 :].argmax(-1).tolist()
         new = verify(guess, own)
-        run.accepted += len(new) - 1
         last = next((i for i, token in enumerate(new) if token in stop), len(new) - 1)
         tokens += new[: last + 1]
+        run.accepted += last  # what is written beyond one token per pass
         cache.truncate(len(tokens) - 1)  # the keys of what was rejected
         run.tokens = tokens[len(prompt) :]
         run.passes, run.drafted, run.computed = run.passes + 1, run.drafted + len(guess), run.computed + len(row)

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from labkit import codegen
-from labkit.provenance import ROOT, source_hash
+from labkit.provenance import source_hash, with_root
 from labkit.record import RESULTS, toolchain
 from labkit.show import html_table
 
@@ -29,12 +29,14 @@ def run_script(script: str, how: str) -> str:
     how: "interpreter", or "ptx": its kernels are compiled for `EMULATED` and their PTX is run.
     """
     env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "LAB_PTX")}
-    env |= {"PYTHONPATH": str(ROOT)} | ({"LAB_PTX": EMULATED} if how == "ptx" else {"TRITON_INTERPRET": "1"})
+    env |= {"PYTHONPATH": with_root()} | ({"LAB_PTX": EMULATED} if how == "ptx" else {"TRITON_INTERPRET": "1"})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "script.py")  # Triton reads a kernel's source from its file
         path.write_text(script, encoding="utf-8")
         done = subprocess.run([sys.executable, path], capture_output=True, text=True, env=env)
-    return done.stdout.strip() if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+    if done.returncode == 0:
+        return done.stdout.strip()
+    return (done.stderr.strip().splitlines() or [f"the process ended with code {done.returncode}"])[-1]
 
 
 def representatives(topics):

@@ -1,7 +1,7 @@
 """What to use when: what each technique takes away, when it pays, what it costs, and how it is switched on.
 
 Numbers are computed, or read from the records of `make experiments`; names of options were looked up in the versions
-that `SYSTEMS` names. An empty cell: nothing was found there, or nothing is to be done.
+that `SYSTEMS` names. "none": looked for, and not found. An empty cell: not looked up.
 """
 
 import re
@@ -47,19 +47,20 @@ SYSTEMS = {  # name: version
     "vLLM": "0.33.0", "SGLang": "0.5.23", "TensorRT-LLM": "1.4.0rc", "llama.cpp": "in llama-cpp-python 0.3.36",
     "transformers": "5.24.0",
 }  # fmt: skip
-# chapter: for each of SYSTEMS what to switch on, in Markdown's `code`. "on": it is so without an option.
+# chapter: for each of SYSTEMS what to switch on, in Markdown's `code`. "on": it is so without an option. "none": there
+# is none. "": not looked up.
+STUDENT = "no option: a model like any other"
 OPTIONS = {
     1: ("on; `--attention-backend`", "on; `--decode-attention-backend`, for Triton `--triton-attention-num-kv-splits`",
-        "", "`--flash-attn`, by itself", "`attn_implementation`"),
-    2: ("", "", "", "", ""),
+        "", "on by itself; `--flash-attn`", "`attn_implementation`"),
+    2: ("none", "none", "none", "none", "none"),
     3: ("on, `-O2`; `--compilation-config`", "graphs on; `--enable-torch-compile`", "`torch_compile_config`", "",
         "`use_kernels`, `fusion_config`"),
-    4: ("2:4 checkpoints are refused", "", "", "", ""),
-    5: ("a drafter: `--speculative-config`", "a drafter: `--speculative-algorithm STANDALONE`", "",
-        "a drafter: `--model-draft`", "a drafter: `assistant_model`"),
+    4: ("2:4 checkpoints are refused", "2:4 checkpoints are refused", "none", "none", "none"),
+    5: (STUDENT, STUDENT, STUDENT, STUDENT, STUDENT),
     6: ("", "for a drafter: `--speculative-draft-sink-size`", "`sink_token_length`, `max_attention_window`",
         "`--context-shift --keep N`", "`SinkCache`, removed in 5"),
-    7: ("on, from the model", "on, from the model", "on, from the model", "", "on, from the model"),
+    7: ("on, from the model", "on, from the model", "on, from the model", "on, from the model", "on, from the model"),
     8: ("on; `--block-size`, `--enable-prefix-caching`",
         "on; `--page-size`; prefixes too, unless `--disable-radix-cache`",
         "on; `tokens_per_block`, `enable_block_reuse`", "`--kv-unified`, `--cache-reuse`",
@@ -70,6 +71,11 @@ OPTIONS = {
     10: ("`--async-scheduling`", "on, unless `--disable-overlap-schedule`", "", "",
          "`use_async_batching`, `use_cuda_graph`"),
 }  # fmt: skip
+DRAFTS = ("10_engine", "Speculative decoding, in one page")  # chapter, section: a small model drafts
+DRAFT_OPTIONS = (
+    "`--speculative-config`", "`--speculative-algorithm STANDALONE`",
+    "`speculative_config`: `DraftTargetDecodingConfig` (1.3.0rc29)", "`--model-draft`", "`assistant_model`",
+)  # fmt: skip
 _STYLE = """
 .bd-content .cell_output .lab-use.lab-use table { white-space: normal; table-layout: fixed; width: 100%;
   font-size: .8rem; }
@@ -142,10 +148,12 @@ def techniques():
 
 
 def options():
-    """A line per chapter: its name as HTML, and what each of SYSTEMS is told; without lines where all are empty."""
+    """A line per chapter, and one for drafting: its name as HTML, and what each of SYSTEMS is told."""
     for chapter, texts in OPTIONS.items():
-        if any(texts):
-            yield _link(chapter), [_code(text) for text in texts]
+        yield _link(chapter), [_code(text) for text in texts]
+    file, section = DRAFTS
+    anchor = re.sub(r"\W+", "-", section.lower())
+    yield f'<a href="{file}.html#{anchor}">10 Speculative decoding</a>', [_code(text) for text in DRAFT_OPTIONS]
 
 
 def table(head, lines):
@@ -165,5 +173,6 @@ def _link(chapter):
 def _code(text):
     parts = escape(text).split("`")
     breaks = [re.sub(r"(?<=\w)([-_])", r"\1<wbr>", part) for part in parts]  # inside of a name, not before it
+    breaks = [re.sub(r"(?<=[a-z])(?=[A-Z])", "<wbr>", part) for part in breaks]
     breaks = [re.sub(r"(?<!\w)(--?\w+)", r"<span>\1</span>", part) for part in breaks]
     return "".join(f"<code>{part}</code>" if i % 2 else parts[i] for i, part in enumerate(breaks))

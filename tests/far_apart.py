@@ -2,6 +2,7 @@
 
 import fcntl
 import mmap
+import os
 import tempfile
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 REACH = 2**31  # elements: the first offset that 32 bits do not hold
-_turn = open(Path(tempfile.gettempdir(), "far_apart.lock"), "w")  # open as long as the process
+_turn = []  # on a GPU: the file whose lock is this process's turn
 
 
 def far_apart(x, dim):
@@ -23,7 +24,9 @@ def far_apart(x, dim):
     stride = 2 * REACH // (n - 1) // 16 * 16 + 16
     size = (REACH + (n - 1) * stride + row) * x.element_size()
     if x.is_cuda:
-        fcntl.flock(_turn, fcntl.LOCK_EX)  # tests beside it wait: there is memory for one
+        if not _turn:
+            _turn.append(open(Path(tempfile.gettempdir(), f"far_apart-{os.getuid()}.lock"), "w"))
+        fcntl.flock(_turn[0], fcntl.LOCK_EX)  # tests beside it wait: there is memory for one
         if size > torch.cuda.mem_get_info()[0]:
             pytest.skip(f"needs {size / 1e9:.0f} GB of GPU memory")
         memory = torch.zeros(size, dtype=torch.uint8, device=x.device)
@@ -36,5 +39,6 @@ def far_apart(x, dim):
 
 def end_turn():
     """After a test: give its memory back, let the next one begin."""
-    torch.cuda.empty_cache()
-    fcntl.flock(_turn, fcntl.LOCK_UN)
+    if _turn:
+        torch.cuda.empty_cache()
+        fcntl.flock(_turn[0], fcntl.LOCK_UN)

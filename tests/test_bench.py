@@ -188,6 +188,28 @@ def refuse(x):
     raise ValueError("x: got one")
 
 
+def test_an_error_while_timing_belongs_to_its_provider(topic):
+    """A graph may fail at its tenth replay: the others are timed, and the run goes on."""
+
+    def timer(calls, graph=True):
+        fails = not timer.calls
+
+        def sample():
+            if fails:
+                raise RuntimeError("CUDA error: an illegal memory access")
+            return [1.0]
+
+        timer.calls += 1
+        return sample, "graph"
+
+    timer.calls = 0
+    rows = bench.measure("doubling", doubling_cases()[0], topic, bench.Machine("cpu", NOW, timer))
+    by = {row.provider: row for row in rows}
+    assert (by["double"].ran, by["double"].us) == (False, [])
+    assert by["double"].verdict == "not run: RuntimeError: CUDA error: an illegal memory access"
+    assert by["peer"].us == [1.0] * bench.ROUNDS
+
+
 def test_variants_and_eager_cases(topic):
     case = replace(doubling_cases()[0], op="scale", reference="double", graph=False)
     case = replace(case, variants={"by three": {"factor": 3}})

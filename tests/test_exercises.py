@@ -46,7 +46,8 @@ def test_both_ways(ex, capsys):
 
 @pytest.mark.parametrize("ex", ALL)
 def test_planted_bugs_are_caught(ex):
-    missed = [why for old, new, why in ex.bugs if not ex.failures(ex.edited(old, new))]
+    known = [bug for bug in ex.bugs if ex.runs_compiled or "compiled" not in bug[2]]  # elsewhere some can't be seen
+    missed = [why for old, new, why in known if not ex.failures(ex.edited(old, new))]
     assert not missed, f"{ex.name}: not caught: {missed}"
 
 

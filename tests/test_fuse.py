@@ -1,6 +1,7 @@
 """The graph pass of chapter 03: what it finds under which spelling, what it must leave alone, and what it counts."""
 
 import copy
+import logging
 import warnings
 from collections import Counter
 from functools import partial
@@ -16,6 +17,7 @@ from kernels import fusion
 from labkit import fusion as ref
 from labkit import fx_graph
 from labkit.check import BF16, F32, assert_matches, randn
+from labkit.fuse import _Pass
 from labkit.fuse import fuse as labkit_fuse
 from labkit.model import Config, Llama, causal
 
@@ -74,8 +76,19 @@ PLANTED_BUGS = [
     ("labkit/fuse_attention.py", "        self.unwritten([root])\n", ""),
     ("labkit/fuse_attention.py", "if t > length or not bool((drop == ~keep).all())", "if t > length"),
     ("labkit/fuse_attention.py", ".tril(length - t)", ".tril()"),
-    ("labkit/fuse_attention.py", "scale *= factor**sign", "scale *= factor"),
+    ("labkit/fuse_attention.py", "scale *= number**sign", "scale *= number"),
     ("labkit/fuse_attention.py", "isinstance(attribute(self.gm, n.target), nn.Parameter)", "False"),
+    ("labkit/fuse_attention.py", 'if any(view in user.meta["writes"] for view in self.views(n) for user in view.users):', "if False:"),
+    ("labkit/fuse_attention.py", "if is_number(number) and (number or sign == 1):", "if is_number(number):"),
+    ("labkit/fx_graph.py", "            if any(n.op == \"get_attr\" and \"_tensor_constant\"", "            if False and any(\"_tensor_constant\""),
+    ("labkit/fx_graph.py", "if n is not node)", "if False)"),
+    ("labkit/fx_graph.py", "any(nodes & set(node.users) for node in added)", "False"),
+    ("labkit/fx_graph.py", "            delattr(self.gm, name)\n", "            pass\n"),
+    ("labkit/fx_graph.py", "                self.pinned = pinned  # whatever", "                pass  # whatever"),
+    ("labkit/fx_graph.py", "zip(got, want, strict=True)", "zip(got, want)"),
+    ("labkit/fx_graph.py", "key=query.stride, reverse=True)", "key=query.stride)"),
+    ("labkit/fx_graph.py", "        logging.disable(disabled)\n", "        logging.disable(logging.NOTSET)\n"),
+    ("labkit/fuse.py", 'if len(shape(arg(n, 1, "weight"))) == 2', "if True"),
     ("labkit/fuse_attention.py", "        self.pinned = True  # it was looked at", "        pass  # it was looked at"),
     ("labkit/fuse_attention.py", "if [r[1:] for r in read[2:]] in (second, second[::-1]) else None", ""),
     ("labkit/fuse_attention.py", "return is_number(x) and x <= VERY_LOW", "return is_number(x)"),
@@ -276,6 +289,7 @@ ATTENTIONS = {
     "einsum": lambda q, k, v, m: torch.einsum("bhts,bhsd->bthd", torch.einsum("bhtd,bhsd->bhts", q, k).mul(0.2).softmax(-1), v),
     "bmm": bmm,
     "fewer queries than keys": lambda q, k, v, m: F.softmax((q[:, :, -3:] @ k.mT).masked_fill(~keep()[-3:], float("-inf")), -1) @ v,
+    "scaled by its size": lambda q, k, v, m: torch.softmax(q @ k.mT * q.size(-1) ** -0.5, -1) @ v,
     "repeated heads": lambda q, k, v, m: torch.softmax(q @ k[:, :2].repeat_interleave(2, 1).mT, -1) @ v[:, :2].repeat_interleave(2, dim=1),
 }  # fmt: skip
 
@@ -290,7 +304,7 @@ def test_spellings_of_attention(name):
         assert rules(fused) == {"attention": 1, "one product": 1}
         assert_same(fused, module, x)
         assert not any(row.what == "softmax" for row in fused.report.after)
-    if name in ("masked_fill", "added -inf", "where"):
+    if name in ("masked_fill", "added -inf", "where", "scaled by its size"):
         with pytest.raises(ValueError, match=r"^input 0: got .* expected .*\[2, 6, 32\]"):
             fused(x[:, :4])
 
@@ -458,6 +472,26 @@ def test_both_graphs_are_compared(dtype):
     assert rules(with_reference(ref.swiglu, module)) == {"swiglu": 1}
 
 
+def test_the_report_says_what_was_not_compared():
+    """Where only the fused graph, or not even the traced one, can be run in fp64."""
+
+    def narrow(gate, up):
+        if gate.dtype == torch.float64:
+            raise TypeError("no fp64")
+        return ref.swiglu(gate, up)
+
+    x, y = normal(2, WIDTH), normal(2, WIDTH, seed=1)
+    module, reference = Module(GATES["F.silu"]), SimpleNamespace(swiglu=narrow)
+    report = labkit_fuse(module, (x, y), ops=reference, reference=reference, verbose=False).report
+    assert report.unchecked == "TypeError: no fp64"
+    assert str(report).endswith("\nnot checked in fp64: TypeError: no fp64")
+    assert "fp64" not in str(fuse(module, (x, y)).report)
+    module.function = lambda m, x, y: F.silu(x) * y + x.abs().view(torch.int32).view(2, WIDTH)
+    assert "not checked in fp64: " in str(fuse(module, (x, y)).report)
+    with pytest.raises(ValueError, match="zip"):
+        fx_graph.differences([], [x], 0)
+
+
 def test_weights_of_another_dtype():
     """bf16 times an fp32 weight is fp32, which the kernel does not give."""
     module = initialised(Module(NORMS["F.rms_norm"], w=WIDTH))
@@ -527,6 +561,59 @@ def test_stacked_layers_with_and_without_bias():
     assert_same(fused, module, normal(2, 3, WIDTH))
 
 
+class Beside(nn.Module):
+    """Two layers of one input; something is done to the first one's output."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.after, self.a, self.b = after, nn.Linear(WIDTH, 4), nn.Linear(WIDTH, 4)
+
+    def forward(self, x):
+        return self.after(self.a(x)), self.b(x)
+
+
+def test_a_view_by_keyword():
+    module, x = initialised(Beside(lambda a: a.view(dtype=torch.int32))), normal(2, WIDTH)
+    fused = fuse(module, (x,))
+    assert rules(fused) == {"one product": 1}
+    for a, b in zip(fused(x), module(x)):
+        torch.testing.assert_close(a.view(F32), b.view(F32))
+
+
+def test_a_rule_that_fails_midway(monkeypatch):
+    """What it added goes again; if it had taken something away by then, the error is not hidden."""
+    module, x, replace = initialised(Beside(torch.relu)), normal(2, WIDTH), _Pass.replace
+
+    def fails(*args):
+        raise IndexError
+
+    monkeypatch.setattr(_Pass, "replace", fails)
+    fused = fuse(module, (x,))
+    assert fused.report.left == ["siblings at linear_1: an unknown form (IndexError)", "siblings at linear: an unknown form (IndexError)"]
+    assert [n.name for n in fused.graph.nodes if fx_graph.name_of(n) in ("linear", "split")] == ["linear", "linear_1"]
+    assert {n for n, _ in fused.named_parameters()} == {n for n, _ in module.named_parameters()}
+    assert fused.report.after == fused.report.before
+
+    def half(work, rule, new, pairs):
+        pairs[0][0].replace_all_uses_with(pairs[0][1])
+
+    for change in (replace, half):
+        monkeypatch.setattr(_Pass, "replace", lambda *args, change=change: (change(*args), fails()))
+        with pytest.raises(IndexError):
+            fuse(module, (x,))
+
+
+def test_weights_that_are_one_row():
+    module = initialised(Module(lambda m, x, y: (F.linear(x, m.a), F.linear(x, m.b)), a=WIDTH, b=WIDTH))
+    fused = fuse(module, (normal(2, 3, WIDTH),))
+    assert rules(fused) == {}
+    module.function = lambda m, x, y: (F.linear(x, m.a), F.linear(x, m.c), F.linear(x, m.d))
+    module.c, module.d = (nn.Parameter(normal(5, WIDTH, seed=i)) for i in (1, 2))
+    fused = fuse(module, (normal(2, 3, WIDTH),))
+    assert rules(fused) == {"one product": 1}
+    assert_same(fused, module, normal(2, 3, WIDTH))
+
+
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
 def test_frozen_layers_are_not_stacked_with_others(frozen):
     module = initialised(Module(lambda m, x, y: m.a(x) + m.b(x)))
@@ -577,6 +664,17 @@ def test_a_tensor_given_twice():
     assert_same(fused, module, x, y)
 
 
+def test_the_level_of_logging_stays():
+    before = logging.root.manager.disable
+    try:
+        for level in (logging.NOTSET, logging.INFO, logging.CRITICAL):
+            logging.disable(level)
+            fuse(Sized(Module(GATES["F.silu"])), (normal(2, WIDTH), normal(2, WIDTH)))
+            assert logging.root.manager.disable == level
+    finally:
+        logging.disable(before)
+
+
 def test_a_reason_is_given():
     module = initialised(Module(variance_used, w=WIDTH))
     fused = fuse(module, (normal(2, WIDTH),))
@@ -594,6 +692,7 @@ NOT_CAUSAL = {
     "the weights are used": lambda q, k, v, m: (lambda p: p @ v + p.sum())(F.softmax(q @ k.mT, -1)),
     "scaled by less than nothing": lambda q, k, v, m: F.softmax(q @ k.mT * -0.1, -1) @ v,
     "scaled for each head": lambda q, k, v, m: F.softmax(q @ k.mT * m.s, -1) @ v,
+    "divided by nothing": lambda q, k, v, m: F.softmax(q @ k.mT / 0.0, -1) @ v,
     "dropout": lambda q, k, v, m: F.dropout(F.softmax(q @ k.mT, -1), 0.5, True) @ v,
 }  # fmt: skip
 
@@ -604,8 +703,46 @@ def test_attention_left_alone(name):
     module, x = initialised(Module(scored(NOT_CAUSAL[name]), **weights)), normal(2, LEN, WIDTH)
     fused = fuse(module, (x,))
     assert rules(fused) == {"one product": 1}
-    if name != "dropout":
+    if name not in ("dropout", "divided by nothing"):
         assert_same(fused, module, x)
+        assert_same(fused, module, normal(1, LEN, WIDTH)), "nothing came of looking at sizes"
+    assert name != "divided by nothing" or any("0.0 is not a number that scales" in reason for reason in fused.report.left)
+
+
+def filled(mask, drop):
+    mask.masked_fill_(drop, float("-inf"))
+    return mask
+
+
+def copied(m, drop):
+    m.mask.copy_(torch.zeros(LEN, LEN).masked_fill(drop, float("-inf")))
+    return m.mask
+
+
+FILLED = {
+    "made anew": lambda m, x, drop: filled(torch.zeros(LEN, LEN), drop),
+    "made like an input": lambda m, x, drop: filled(x.new_zeros(LEN, LEN), drop),
+    "through a view": lambda m, x, drop: (lambda mask: (filled(mask[0], drop), mask[0])[1])(x.new_zeros(1, LEN, LEN)),
+    "a buffer": lambda m, x, drop: copied(m, drop),
+}
+
+
+@pytest.mark.parametrize("name", FILLED)
+def test_a_mask_that_is_filled_from_an_input(name):
+    """It was causal in the example; the next call has another."""
+
+    def forward(m, x, drop):
+        mask = FILLED[name](m, x, drop)
+        q, k, v = heads(m, x)
+        return F.softmax(q @ k.mT * 0.25 + mask, -1) @ v
+
+    module = initialised(Module(forward, **dict.fromkeys("qkv", (HEADS * DIM, WIDTH))))
+    module.register_buffer("mask", torch.zeros(LEN, LEN))
+    x = normal(2, LEN, WIDTH)
+    fused = fuse(module, (x, ~keep()))
+    assert rules(fused) == {"one product": 1}
+    for drop in (~keep(), ~keep().T, torch.zeros_like(keep())):
+        assert_same(fused, module, x, drop)
 
 
 def aliased(m, x, y):
@@ -809,3 +946,29 @@ def test_without_memory():
     weights = sum(p.numel() for p in model.layers[0].parameters())
     moved = sum(row.bytes for row in fused.report.after)
     assert 2 * weights < moved < 2.02 * weights
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("named", [0, 1, 3], ids="{} by name".format)
+def test_torchs_attention_by_keyword(named, device):
+    """Traced by torch.fx, so for any shapes; and its output is as wide as v."""
+    names = ("query", "key", "value")
+
+    def forward(m, x, y):
+        qkv = (x.transpose(1, 2), x.transpose(1, 2), y.transpose(1, 2))
+        given = 3 - named
+        return F.scaled_dot_product_attention(*qkv[:given], **dict(zip(names[given:], qkv[given:])))
+
+    x, y = (torch.zeros(2, LEN, HEADS, d, device=device) for d in (DIM, DIM + 3))
+    fused = fuse(Module(forward), (x, y))
+    out = next(n for n in fused.graph.nodes if fx_graph.name_of(n) == "scaled_dot_product_attention")
+    assert out.meta["shape"] == (2, HEADS, LEN, DIM + 3)
+    if device == "meta":
+        assert [row.launches for row in fused.report.before] == [1]
+    assert fused(x[:1], y[:1]).shape == (1, HEADS, LEN, DIM + 3)
+
+
+def test_attention_without_memory_is_laid_out_like_q():
+    q, v = (torch.empty(2, LEN, HEADS, d, device="meta").transpose(1, 2) for d in (DIM, DIM + 3))
+    assert fx_graph._empty_attention(q, q, q).stride() == torch.empty_like(q).stride()
+    assert fx_graph._empty_attention(q, q, v).stride() == v.stride()

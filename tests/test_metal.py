@@ -1,10 +1,11 @@
 """The one command for a GPU: stages that pass, fail, hang, or cannot run here, and what is written of them."""
 
-import sys
+import importlib.util
 import time
 
 import pytest
 
+import kernels.__main__ as program
 from labkit import bench, metal, record
 from labkit.metal import Stage
 
@@ -61,16 +62,18 @@ def test_one_that_hangs_is_stopped_with_all_it_started(gpu, monkeypatch):
 
 def test_what_cannot_run_says_why(gpu):
     assert metal.run_stage(script("", tool=("no-such-tool",)), 100.0) == "not run: no-such-tool is missing"
-    assert metal.run_stage(script("", needs="no_such_module"), 100.0) == "not run: the package no_such_module is missing"
+    assert metal.run_stage(script("", needs=("no_such_module",)), 100.0) == "not run: missing: no_such_module"
+    assert metal.run_stage(script("", needs=("no_such_module",), dry=("-c", "")), 100.0, dry=True) == "not run: missing: no_such_module"
     assert metal.run_stage(script(""), metal.LEAST - 1) == "not run: the time was spent"
     assert metal.run_stage(script(""), 100.0, dry=True) == "not run: it has no rehearsal"
 
 
 def test_the_time_is_shared(gpu):
-    """A stage is told how long it may take, if it asks: the record stops itself and keeps what it has."""
-    told = Stage(("-c", "import sys; print(sys.argv[1:])", "record"), 490.0)
-    assert "['record', '--seconds', '90']" in metal.run_stage(told, 100.0)
-    assert "['record', '--seconds', '480']" in metal.run_stage(told, 1000.0)
+    """Record and tune are told how long they may take: they stop themselves, and keep what they have."""
+    for name in ("record", "tune"):
+        told = Stage(("-c", "import sys; print(sys.argv[1:])", name), 490.0)
+        assert f"['{name}', '--seconds', '90']" in metal.run_stage(told, 100.0)
+        assert f"['{name}', '--seconds', '480']" in metal.run_stage(told, 1000.0)
 
 
 def test_without_a_gpu(monkeypatch, tmp_path, capsys):
@@ -86,7 +89,38 @@ def test_without_a_gpu(monkeypatch, tmp_path, capsys):
 
 def test_the_stages_are_commands_that_exist():
     for name, stage in metal.STAGES.items():
-        assert stage.arguments[0] == "-m", name
-        assert stage.seconds < metal.SECONDS
+        for arguments in filter(None, (stage.arguments, stage.dry)):
+            assert arguments[0] == "-m", name
+            assert importlib.util.find_spec(arguments[1]), name
+    assert sum(stage.seconds for stage in metal.STAGES.values()) <= metal.SECONDS
     assert list(metal.STAGES)[:2] == ["tests", "record"]  # what no other machine can tell comes first
-    assert sys.executable
+
+
+@pytest.mark.parametrize("name", ["record", "tune"])
+def test_record_and_tune_take_their_time_from_the_stage(name, monkeypatch):
+    told = []
+    monkeypatch.setattr(program, "record_topics", lambda names, seconds, skip: told.append(seconds) or 0)
+    monkeypatch.setattr(program, "tune", lambda dry, seconds: told.append(seconds) or 0)
+    assert program.main([name, "--seconds", "90"]) == 0
+    assert told == [90.0]
+
+
+def test_an_interrupt_ends_the_stage(gpu, monkeypatch):
+    """Ctrl-C reaches this process alone: the stage, in a session of its own, is ended with all that it started."""
+    begun = []
+
+    class Interrupted:
+        def __init__(self, command, **options):
+            self.process = real(command, **options)
+            begun.append(self.process)
+            self.pid, self.poll, self.wait = self.process.pid, self.process.poll, self.process.wait
+
+        @property
+        def stdout(self):
+            raise KeyboardInterrupt
+
+    real = metal.subprocess.Popen
+    monkeypatch.setattr(metal.subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        metal.run_stage(script("import time; time.sleep(60)"), 100.0)
+    assert begun[0].wait(10) == -metal.signal.SIGKILL

@@ -218,6 +218,16 @@ def test_lanes_part_and_meet():
 SHARED = "mov.b32 %r9, global_smem; shl.b32 %r8, %r0, 2; add.s32 %r8, %r8, %r9;"
 FROM_NEIGHBOUR = "xor.b32 %r7, %r0, 32; shl.b32 %r7, %r7, 2; add.s32 %r7, %r7, %r9; ld.shared.b32 %r6, [%r7];"
 WAIT = "waitLoop: mbarrier.try_wait.parity.shared::cta.b64 %p1, [%r9], 0; @!%p1 bra waitLoop;"
+# Thread 40 of the first program stores; and a program that finds itself the last of three to count itself in reads it.
+STORE_OF_ONE = (
+    "setp.eq.b32 %p1, %r0, 0; setp.eq.b32 %p2, %r1, 0; setp.eq.b32 %p4, %r0, 40; and.pred %p3, %p4, %p2;"
+    "@%p3 st.global.b32 [%rd0], 5;"
+)
+COUNT_IN = (
+    "ld.param.b64 %rd5, [k_param_0]; @%p1 atom.global.gpu.acq_rel.add.u32 %r5, [%rd5 + 128], 1;"
+    "setp.eq.b32 %p5, %r5, 2; and.pred %p6, %p5, %p1; @%p6 ld.global.b32 %r3, [%rd0];"
+)
+
 WRONG = {
     "a word past the end": ("st.global.b32 [%rd1 + 4], %r0;", "write of 4 bytes, 4 bytes outside", "+ 4", "+ 0"),
     "a word before the start": ("ld.global.b32 %r3, [%rd1 + -4];", "read of 4 bytes, -4 bytes outside", "+ -4", "+ 0"),
@@ -231,16 +241,17 @@ WRONG = {
     "past shared memory": (f"{SHARED} st.shared.b32 [%r8 + 4096], %r0;", "shared memory of 4096", "4096", "0"),
     "one byte, two programs": ("st.global.b32 [%rd1], %r1;", "programs \\d and \\d write the same byte", "", "programs=1"),
     "read before the atomic": (
-        "setp.eq.b32 %p1, %r0, 0; setp.eq.b32 %p2, %r1, 0; and.pred %p3, %p1, %p2; @%p3 st.global.b32 [%rd0], 5;"
-        "nop.atom; ld.global.b32 %r3, [%rd0];",
-        "a read of what program 0 wrote|a write of what another program has read", "nop.atom;",
-        "bar.sync 0; ld.param.b64 %rd5, [k_param_0]; @%p1 atom.global.gpu.acq_rel.add.u32 %r5, [%rd5 + 128], 1; bar.sync 0;",
+        f"{STORE_OF_ONE} ld.global.b32 %r3, [%rd0];",
+        "a read of what program 0 wrote|a write of what another program has read", "ld.global.b32 %r3, [%rd0];",
+        f"bar.sync 0; {COUNT_IN}",
     ),
-    "a relaxed atomic, read": (
-        "setp.eq.b32 %p1, %r0, 0; setp.eq.b32 %p2, %r1, 0; and.pred %p3, %p1, %p2; @%p3 st.global.b32 [%rd0], 5;"
-        "bar.sync 0; ld.param.b64 %rd5, [k_param_0]; @%p1 atom.global.gpu.relaxed.add.u32 %r5, [%rd5 + 128], 1; bar.sync 0;"
-        "ld.global.b32 %r3, [%rd0];",
-        "a read of what program 0 wrote|a write of what another program has read", "relaxed", "acq_rel",
+    "no barrier before the atomic": (
+        f"{STORE_OF_ONE} nop.sync; {COUNT_IN}", "a read of what warp 1 of program 0 wrote: .* no barrier between", "nop.sync;",
+        "bar.sync 0;",
+    ),
+    "a relaxed atomic": (
+        f"{STORE_OF_ONE} bar.sync 0; {COUNT_IN}".replace("acq_rel", "relaxed"),
+        "a read of what program 0 wrote, and no atomic between", "relaxed", "acq_rel",
     ),
     "a shuffle of some lanes": (
         "setp.lt.u32 %p1, %r0, 7; @%p1 bra $over; shfl.sync.bfly.b32 %r5, %r0, 1, 31, -1; $over:",
@@ -269,12 +280,13 @@ def test_atomics_add_numbers_of_all_programs():
 @pytest.mark.parametrize("case", WRONG)
 def test_finds(case):
     body, message, wrong, right = WRONG[case]
-    several = 3 if case in ("one byte, two programs", "read before the atomic", "a relaxed atomic, read") else 1
+    several = 3 if case == "one byte, two programs" or "atomic" in case else 1
     memory = torch.zeros(64, dtype=torch.int32)
 
     def go(body, programs):
         body = "\n".join(s for s in body.replace(";", ";\n").split("\n") if not s.strip().startswith("nop."))
         for seed in range(8):  # other orders
+            memory.zero_()
             run(body, memory, programs=programs, resident=programs, seed=seed)
 
     with pytest.raises(RuntimeError, match=message):

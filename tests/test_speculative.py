@@ -111,7 +111,9 @@ def test_the_text_ends_at_a_stop_token(draft, at):
     """Wherever it stands: inside what was accepted, at its end, or as the model's own token."""
     stop = plain()[at]
     first = plain().index(stop)
-    assert generate(tiny(), PROMPT, 24, draft, 5, stop=(stop,)).tokens == plain()[: first + 1]
+    run = generate(tiny(), PROMPT, 24, draft, 5, stop=(stop,))
+    assert run.tokens == plain()[: first + 1]
+    assert len(run.tokens) == run.passes + run.accepted  # drafted tokens behind the stop are not written
 
 
 def test_one_token():
@@ -204,5 +206,6 @@ PLANTED_BUGS = [
         "for n in range(min(longest, len(tokens) - 1), shortest - 1, -1)",
         "for n in range(2, 3)",
     ),
-    ("labkit/speculative.py", "run.accepted += len(new) - 1", "run.accepted += len(new)"),
+    ("labkit/speculative.py", "run.accepted += last ", "run.accepted += len(new) - 1 "),
+    ("labkit/speculative.py", "run.accepted += last ", "run.accepted += last + 1 "),
 ]

@@ -1,5 +1,6 @@
 """The page "What to use when": its numbers are those of the records and of the step's arithmetic, its tables are whole."""
 
+import json
 import re
 
 import pytest
@@ -15,7 +16,8 @@ PLANTED_BUGS = [
     ("labkit/what_to_use.py", "heads[4][", "heads[1]["),
     ("labkit/what_to_use.py", "weights / (weights + b * n * token)", "weights / (weights + n * token)"),
     ("labkit/what_to_use.py", "cell and label + cell", "label + cell"),
-    ("labkit/what_to_use.py", "if any(texts)", "if all(texts)"),
+    ("labkit/what_to_use.py", "(?<=[a-z])(?=[A-Z])", "(?<=[a-z])(?=[a-z])"),
+    ("labkit/what_to_use.py", "Speculative decoding, in one page", "Speculative decoding, on one page"),
 ]
 
 
@@ -24,7 +26,8 @@ def test_a_line_for_every_chapter():
         assert list(lines) == list(CHAPTERS)
     assert all(len(texts) == len(what_to_use.SYSTEMS) for texts in what_to_use.OPTIONS.values())
     assert all(len(texts) == len(what_to_use.HEAD) - 1 and all(texts) for texts in what_to_use.ROWS.values())
-    assert sum(1 for _ in what_to_use.options()) == sum(any(texts) for texts in what_to_use.OPTIONS.values())
+    assert len(what_to_use.DRAFT_OPTIONS) == len(what_to_use.SYSTEMS)
+    assert sum(1 for _ in what_to_use.options()) == len(CHAPTERS) + 1
 
 
 def test_numbers_are_those_of_the_records():
@@ -64,11 +67,21 @@ def test_tables_are_cards_on_a_phone():
     html = what_to_use.table(("technique", *what_to_use.SYSTEMS), what_to_use.options())._repr_html_()
     soup = BeautifulSoup(html, "html.parser")
     written = {path.stem for path in (ROOT / "chapters").glob("[0-9][0-9]_*.ipynb")}
-    assert {a["href"].removesuffix(".html") for a in soup.select("th a")} <= written
-    rows = [texts for texts in what_to_use.OPTIONS.values() if any(texts)]
+    assert {a["href"].partition(".html")[0] for a in soup.select("th a")} <= written
+    rows = [*what_to_use.OPTIONS.values(), what_to_use.DRAFT_OPTIONS]
     for row, texts in zip(soup.select("tbody tr"), rows, strict=True):
         for name, cell, text in zip(what_to_use.SYSTEMS, row.select("td"), texts, strict=True):
             assert cell.text == (f"{name}: {text}".replace("`", "") if text else "")
     assert "`" not in soup.text
     assert soup.select("td code")
+    assert "Continuous<wbr/>Batching<wbr/>Config" in str(soup), "a long name breaks between its words"
     assert "<" not in repr(what_to_use.table(what_to_use.HEAD, what_to_use.techniques()))
+
+
+def test_the_section_on_drafts_is_there():
+    file, section = what_to_use.DRAFTS
+    cells = json.loads((ROOT / "chapters" / f"{file}.ipynb").read_text(encoding="utf-8"))["cells"]
+    headings = [line for c in cells if c["cell_type"] == "markdown" for line in "".join(c["source"]).splitlines()]
+    assert f"### {section}" in headings
+    *_, (name, _) = what_to_use.options()
+    assert 'href="10_engine.html#speculative-decoding-in-one-page"' in name

@@ -41,6 +41,8 @@ START, STOP = "# >>> your code", "# <<< your code"
 class Exercise:
     """See the module's docstring. hints: sentences, from vague to plain; bugs: (old, new, what is wrong)."""
 
+    runs_compiled = False  # whether a check runs compiled code too, on the CPU
+
     def __init__(self, fn, hints, bugs):
         lines = textwrap.dedent(inspect.getsource(fn)).splitlines()
         first = next(i for i, line in enumerate(lines) if line.startswith("def "))  # the decorator may take many lines
@@ -127,13 +129,17 @@ class KernelExercise(Exercise):
         self.source = "@triton.jit\n" + self.source.replace('"tl.constexpr"', "tl.constexpr")
         self._known = {}  # text of a kernel -> what its compiled run found; that takes seconds
 
+    @property
+    def runs_compiled(self):
+        return trace.interpreted() and ptx.compiler() is not None
+
     def failures(self, fn):
         """As `Exercise.failures`; what passes here is compiled for an H200, and that code is run on the CPU."""
         text = textwrap.dedent(inspect.getsource(getattr(fn, "fn", fn)))
         if "raise NotImplementedError" in text:
             return dict.fromkeys(self.cases, "not written yet")
         found = super().failures(fn)
-        if not found and trace.interpreted() and ptx.compiler():
+        if not found and self.runs_compiled:
             if text not in self._known:
                 self._known[text] = self._compiled_failures(text)
             found = {title: f"compiled for an H200: {why}" for title, why in self._known[text].items()}

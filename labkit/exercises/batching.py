@@ -27,7 +27,7 @@ def pack_step(num_decodes, needs, budget):
     """One step of chunked prefill (Sarathi-Serve's Algorithm 3).
 
     num_decodes: running requests that decode, at most budget. needs: tokens that each prompt still
-    has to compute, the unfinished one first, then those that wait. budget: tokens a step. Returns
+    has to compute, the unfinished one first, then those that wait. budget: tokens per step. Returns
     the list of chunks, one for each prompt that gets one, in order.
     """
     # >>> your code
@@ -224,7 +224,10 @@ def _(fn):
         (", (query < q_end)[:, None]", ", query[:, None] >= 0", "the neighbour's rows: compiled code tells"),
     ],
 )
-def ragged_mask(starts_ptr, lens_ptr, keep_ptr, batch, BLOCK_Q: "tl.constexpr", KEYS: "tl.constexpr"):
+def ragged_mask(
+    q_starts_ptr, kv_lens_ptr, keep_ptr, batch,
+    BLOCK_Q: "tl.constexpr", KEYS: "tl.constexpr",
+):
     """keep[i, n] = 1 where query i sees key n of its sequence, else 0: causal, bottom-right.
 
     q_starts [B + 1]: sequence b has the queries q_starts[b] to q_starts[b + 1], perhaps none.
@@ -235,10 +238,10 @@ def ragged_mask(starts_ptr, lens_ptr, keep_ptr, batch, BLOCK_Q: "tl.constexpr", 
     # >>> your code
     b = 0
     for i in range(1, batch):
-        b = tl.where(tl.load(starts_ptr + i) // BLOCK_Q + i <= pid, i, b)
-    q_start, q_end = tl.load(starts_ptr + b), tl.load(starts_ptr + b + 1)
+        b = tl.where(tl.load(q_starts_ptr + i) // BLOCK_Q + i <= pid, i, b)
+    q_start, q_end = tl.load(q_starts_ptr + b), tl.load(q_starts_ptr + b + 1)
     query = q_start + (pid - (q_start // BLOCK_Q + b)) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    kv_len = tl.load(lens_ptr + b)
+    kv_len = tl.load(kv_lens_ptr + b)
     position = kv_len - (q_end - query)
     keep, mask = key[None, :] <= position[:, None], (query < q_end)[:, None]
     tl.store(keep_ptr + query[:, None] * KEYS + key, keep.to(tl.int8), mask=mask)

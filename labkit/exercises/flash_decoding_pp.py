@@ -201,7 +201,7 @@ def _(fn):
     bugs=[
         ("tl.atomic_add(arrived_ptr, 1) ==", "s ==",
          "the program with the last number need not be the last to arrive: only compiled code tells"),
-        ("mask=keep[:, None], other=0.0", "", "reads past the last value"),
+        ("mask=keep[:, None], other=0.0", "", "reads past the last value: only compiled code tells"),
         ("== tl.num_programs(0) - 1", ">= 0", "every program adds up and writes o: only compiled code tells"),
         ('mask=keep, other=float("-inf")', "mask=keep, other=0.0", "keys beyond kv_len count in den"),
         ("tl.exp2(x - phi)", "tl.exp2(x - tl.max(x, 0))", "every split uses its own maximum"),
@@ -216,6 +216,7 @@ def add_splits(
 
     The last to arrive writes o [D], the sum of num over the sum of den. x [kv_len], scores times
     log2(e); v [kv_len, D]; num [S, D] and den [S], scratch; arrived [1], int32, counts from 0.
+    All threads must have stored before the program counts itself in: `tl.debug_barrier()`.
     """
     s, offs_d = tl.program_id(0), tl.arange(0, D)
     keys = s * BLOCK + tl.arange(0, BLOCK)

@@ -214,7 +214,8 @@ def _(fn):
         ("kv_head * GROUP + row", "kv_head + row * num_kv_heads", "strided: heads 0, 2, 4, ... share a KV head"),
         ("key * num_kv_heads + kv_head", "kv_head * kv_len + key", "K as if the heads came first"),
         ("mask=mask_h & mask_n)", "mask=mask_n)", "over the next group's rows: only compiled code tells"),
-        ("head * D + d, mask=mask_h)", "head * D + d)", "the last group's tile reads past the end of q: likewise"),
+        ("head * D + d, mask=mask_h)", "head * D + d)",
+         "the last group's tile reads past the end of q: only compiled code tells"),
     ],
 )
 def group_scores(q_ptr, k_ptr, s_ptr, kv_len, GROUP: "tl.constexpr", D: "tl.constexpr"):

@@ -259,7 +259,7 @@ def _(fn):
             "tl.load(v_ptr + slot[:, None] * 16 + d, mask=used[:, None], other=0.0)",
             "mask=key < width * PAGE)\n        slot = page * PAGE + key % PAGE\n        v = "
             "tl.where(used[:, None], tl.load(v_ptr + slot[:, None] * 16 + d), 0.0)",
-            "what is no page id becomes an address, and what was read is thrown away: likewise",
+            "what is no page id becomes an address, and what was read is thrown away: only compiled code tells",
         ),
     ],
 )
