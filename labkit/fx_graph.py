@@ -42,6 +42,19 @@ def _hooked(m):
     return any((m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks))
 
 
+class _Made(TorchDispatchMode):
+    """tensors: those that are made inside, beside views of others. torch.fx keeps them as constants."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, old = func(*args, **(kwargs or {})), _storages((args, kwargs))
+        self.tensors += [x for x in _tensors(out) if not old & _storages(x)]
+        return out
+
+
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module, name):
         return _hooked(module) or (type(module) not in INLINED and super().is_leaf_module(module, name))
@@ -59,12 +72,15 @@ def _fx_trace(module, inputs):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a constant is not checked: `Guard` checks it
         tracer = _Tracer()
-        graph = tracer.trace(module, concrete_args=constants or None)
+        with _Made() as made:
+            graph = tracer.trace(module, concrete_args=constants or None)
     if packed := getattr(graph._codegen, "pytree_info", None):  # beside containers, torch.fx writes wrong code for ...
         graph._codegen.pytree_info = packed._replace(orig_args=["self", *packed.orig_args[1:]])  # another name of self
         for node in graph.find_nodes(op="placeholder"):
             node.args = ()  # and for defaults, which `Guard` fills in
-    return fx.GraphModule(tracer.root, graph, type(module).__name__)
+    gm = fx.GraphModule(tracer.root, graph, type(module).__name__)
+    gm.meta["made"] = made.tensors
+    return gm
 
 
 def _export_trace(module, inputs):
@@ -126,7 +142,8 @@ def trace(module, inputs):
         try:
             gm = tracer(module, inputs)
             got = run(lambda *x, gm=gm: Counting(gm).run(*x), inputs)
-            if any(n.op == "get_attr" and "_tensor_constant" in n.target for n in _written(gm)):
+            made = _storages(gm.meta.pop("made", []))
+            if any(made & _storages(attribute(gm, n.target)) for n in _written(gm) if n.op == "get_attr"):
                 problems.append(f"{how}: a tensor that is made anew in every call would be kept and written to")
                 continue
             if len(got) == len(want) and all(map(_same, got, want)):

@@ -80,7 +80,7 @@ PLANTED_BUGS = [
     ("labkit/fuse_attention.py", "isinstance(attribute(self.gm, n.target), nn.Parameter)", "False"),
     ("labkit/fuse_attention.py", 'if any(view in user.meta["writes"] for view in self.views(n) for user in view.users):', "if False:"),
     ("labkit/fuse_attention.py", "if is_number(number) and (number or sign == 1):", "if is_number(number):"),
-    ("labkit/fx_graph.py", "            if any(n.op == \"get_attr\" and \"_tensor_constant\"", "            if False and any(\"_tensor_constant\""),
+    ("labkit/fx_graph.py", "            if any(made & ", "            if False and any(made & "),
     ("labkit/fx_graph.py", "if n is not node)", "if False)"),
     ("labkit/fx_graph.py", "any(nodes & set(node.users) for node in added)", "False"),
     ("labkit/fx_graph.py", "            delattr(self.gm, name)\n", "            pass\n"),
