@@ -53,10 +53,10 @@ STUDENT = "no option: a model like any other"
 OPTIONS = {
     1: ("on; `--attention-backend`", "on; `--decode-attention-backend`, for Triton `--triton-attention-num-kv-splits`",
         "", "on by itself; `--flash-attn`", "`attn_implementation`"),
-    2: ("none", "none", "none", "none", "none"),
+    2: ("none", "none", "", "none", "none"),
     3: ("on, `-O2`; `--compilation-config`", "graphs on; `--enable-torch-compile`", "`torch_compile_config`", "",
         "`use_kernels`, `fusion_config`"),
-    4: ("2:4 checkpoints are refused", "2:4 checkpoints are refused", "none", "none", "none"),
+    4: ("2:4 checkpoints are refused", "2:4 checkpoints are refused", "", "", "none"),
     5: (STUDENT, STUDENT, STUDENT, STUDENT, STUDENT),
     6: ("", "for a drafter: `--speculative-draft-sink-size`", "`sink_token_length`, `max_attention_window`",
         "`--context-shift --keep N`", "`SinkCache`, removed in 5"),
