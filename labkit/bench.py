@@ -100,7 +100,7 @@ def lost(machine: Machine) -> str:
         if machine.device == "cuda":
             torch.cuda.synchronize()
     except RuntimeError as error:
-        return str(error).strip().splitlines()[0]
+        return _first_line(error)
     return ""
 
 
@@ -232,8 +232,11 @@ def warm(topic, case, ops, device) -> None:
 def _reason(error: Exception) -> str:
     if isinstance(error, NotRun):
         return f"not run: {error}"
-    first_line = next(iter(str(error).strip().splitlines()), "")[:200]
-    return f"not run: {type(error).__name__}: {first_line}"
+    return f"not run: {type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")[:200]
 
 
 def measure_ceilings(topic, machine: Machine, only=None, suffix="") -> list[Row]:

@@ -78,7 +78,7 @@ def run(names, seconds=SECONDS, dry=False) -> int:
         if not dry:
             row = record.Row("metal", name, " ".join(STAGES[name].arguments), False, [], 0, None, verdict, "",
                              **machine.shared, source_hash="")  # fmt: skip
-            record.add([row], record.RESULTS / record.slug(machine.shared["device"]) / "metal.json", STAGES)
+            record.add([row], record.RESULTS / record.slug(machine.shared["device"]) / record.METAL, STAGES)
     print("\n".join(f"{name:10} {verdict}" for name, verdict in rows))
     return int(any(verdict.startswith(("failed", "stopped")) for _, verdict in rows))
 

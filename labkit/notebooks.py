@@ -292,7 +292,7 @@ def without_pinned_text(path, folder):
         if "pinned-text" in cell.metadata.get("tags", []):
             cell.metadata.tags.append("nbval-skip")
     copy = Path(folder, Path(path).name)
-    copy.write_text(dumps(notebook), encoding="utf-8")
+    write(notebook, copy)
     return copy
 
 

@@ -20,6 +20,7 @@ from labkit.provenance import source_hash
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CEILING = "ceiling"  # the case name of the rows that hold what the device can do at most
+METAL = "metal.json"  # beside the measurements of a GPU: what came of the stages of `make metal`
 
 
 @dataclass(frozen=True)

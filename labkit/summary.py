@@ -9,9 +9,7 @@ from statistics import median
 
 from labkit.comparison import Comparison
 from labkit.fusion_study import gain
-from labkit.record import CEILING, RESULTS, load, read_experiment
-
-METAL = "metal.json"
+from labkit.record import CEILING, METAL, RESULTS, load, read_experiment
 
 
 def measured(folder):
