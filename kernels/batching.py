@@ -2,18 +2,22 @@
 
 Padded to the longest chunk, a step of one prompt of 512 tokens and 63 decodes is 64 x 512 rows, of which 575 are real.
 Here the queries of all sequences lie one after the other. A program owns a tile of queries of one sequence, times the
-query heads that share a KV head, and finds out by itself which sequence that is.
+query heads that share a KV head, and finds out by itself which sequence that is. Where a step has few tiles, the keys
+of each are spread over several programs, as in Flash-Decoding.
 """
+
+import functools
+import math
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels._tile import attend_tile, cast, finish, qk_scale
+from kernels._tile import attend_tile, cast, device_properties, finish, qk_scale
 from kernels.attention import attention_config
-from kernels.flash_decoding import split_config, tiles_per_group
+from kernels.flash_decoding import split_config, split_outputs
 from kernels.paged_attention import pages_of_tile
-from labkit import args
+from labkit import args, splits
 
 
 @triton.jit
@@ -34,19 +38,21 @@ def _find_sequence(q_starts_ptr, tile, batch, steps, BLOCK_Q: tl.constexpr):
 
 
 # What changes from step to step must not make Triton compile anew, as it does for a number that is 1 or divides by 16.
-@triton.jit(do_not_specialize=["stride_tb", "num_tokens", "batch", "steps"])
+@triton.jit(do_not_specialize=["stride_tb", "stride_lt", "stride_lh", "num_tokens", "batch", "steps", "num_splits"])
 def _ragged_kernel(
     q_ptr, stride_qt, stride_qh, stride_qd,  # [N, Hq, D]
     k_ptr, stride_kp, stride_kn, stride_kh, stride_kd,  # [P, page_size, Hkv, D]
     v_ptr, stride_vp, stride_vn, stride_vh, stride_vd,  # [P, page_size, Hkv, D]
     table_ptr, stride_tb, stride_tp,  # [B, max_pages]
     q_starts_ptr, kv_lens_ptr,  # [B + 1], [B]
-    o_ptr, stride_ot, stride_oh, stride_od,  # [N, Hq, D] out
-    num_tokens, batch, steps, num_pages, max_kv_len, group, qk_scale,
+    o_ptr, stride_ot, stride_oh, stride_os, stride_od,  # [N, Hq, S, D] out
+    lse_ptr, stride_lt, stride_lh, stride_ls,  # [N, Hq, S] out
+    num_tokens, batch, steps, num_pages, max_kv_len, num_splits, group, qk_scale,
     PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     pid_h = tl.program_id(1).to(tl.int64)
+    pid_s = tl.program_id(2)
     # The last tiles of a chunk see the most keys, and chunks come after decodes: start them first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     pid_b, tile = _find_sequence(q_starts_ptr, tile, batch, steps, BLOCK_Q)
@@ -62,22 +68,27 @@ def _ragged_kernel(
     query = tile * BLOCK_Q + offs_m // GROUP
     head = pid_h * group + offs_m % GROUP
     mask_d = offs_d < HEAD_DIM
-    mask_q = ((query < q_len) & (offs_m % GROUP < group))[:, None] & mask_d[None, :]
-    rows = (q_start + query).to(tl.int64)[:, None]
-    q_ptrs = q_ptr + rows * stride_qt + head[:, None] * stride_qh + offs_d[None, :] * stride_qd
+    mask_m = (query < q_len) & (offs_m % GROUP < group)
+    mask_q = mask_m[:, None] & mask_d[None, :]
+    rows = (q_start + query).to(tl.int64)
+    q_ptrs = q_ptr + (rows * stride_qt + head * stride_qh)[:, None] + offs_d[None, :] * stride_qd
     q = tl.load(q_ptrs, mask=mask_q, other=0.0)
 
     position = query + kv_len - q_len  # bottom-right: the last query sits on the last key
     last = tl.minimum(tile * BLOCK_Q + BLOCK_Q, q_len) + kv_len - q_len
     end = tl.maximum(last, 0)  # no query of this tile sees a key from here on
+    # Each tile is cut by what it sees: whole tiles of keys, late splits may be empty.
+    split_len = tl.cdiv(tl.cdiv(end, BLOCK_N), num_splits) * BLOCK_N
+    start = tl.minimum(pid_s * split_len, end)
+    end = tl.minimum(start + split_len, end)
     table_ptr += pid_b.to(tl.int64) * stride_tb
     k_ptrs = k_ptr + pid_h // TILES * stride_kh + offs_d[None, :] * stride_kd
     v_ptrs = v_ptr + pid_h // TILES * stride_vh + offs_d[None, :] * stride_vd
     m = tl.full([BLOCK_Q * GROUP], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_Q * GROUP], tl.float32)
     acc = tl.zeros([BLOCK_Q * GROUP, BLOCK_D], tl.float32)
-    next_page = pages_of_tile(table_ptr, stride_tp, 0, end, PAGE_SIZE, BLOCK_N)
-    for first in range(0, end, BLOCK_N):
+    next_page = pages_of_tile(table_ptr, stride_tp, start, end, PAGE_SIZE, BLOCK_N)
+    for first in range(start, end, BLOCK_N):
         page = next_page
         next_page = pages_of_tile(table_ptr, stride_tp, first + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
         key = first + offs_n
@@ -88,9 +99,10 @@ def _ragged_kernel(
         v = tl.load(v_ptrs + (offset * stride_vn + page * stride_vp)[:, None], mask=mask_kv, other=0.0)
         keep = mask_n[None, :] & (key[None, :] <= position[:, None])
         m, l, acc = attend_tile(q, k, v, keep, m, l, acc, qk_scale, True)
-    o, _ = finish(m, l, acc)
-    o_ptrs = o_ptr + rows * stride_ot + head[:, None] * stride_oh + offs_d[None, :] * stride_od
+    o, lse = finish(m, l, acc)
+    o_ptrs = o_ptr + (rows * stride_ot + head * stride_oh + pid_s * stride_os)[:, None] + offs_d[None, :] * stride_od
     tl.store(o_ptrs, cast(o, o_ptr.dtype.element_ty), mask=mask_q)
+    tl.store(lse_ptr + rows * stride_lt + head * stride_lh + pid_s * stride_ls, lse, mask=mask_m)
 
 
 def ragged_config(dtype: torch.dtype, head_dim: int, group: int, page_size: int, only_decodes: bool) -> dict:
@@ -98,7 +110,7 @@ def ragged_config(dtype: torch.dtype, head_dim: int, group: int, page_size: int,
 
     group: query heads of a KV head in one tile.
     """
-    if only_decodes and (dtype != torch.float32 or group <= 16):  # of fp32, more heads fill a tile of prefill as well
+    if only_decodes:
         config = split_config(dtype, head_dim, group)
         rows = config.pop("BLOCK_H")
     else:
@@ -110,7 +122,22 @@ def ragged_config(dtype: torch.dtype, head_dim: int, group: int, page_size: int,
     return config | {"GROUP": group, "BLOCK_Q": max(1, rows // group)}
 
 
-def ragged_attention(q, k_pages, v_pages, block_table, q_starts, kv_lens, *, sm_scale=None):
+@functools.lru_cache(maxsize=4096)
+def ragged_splits(num_programs: int, num_sms: int, max_kv_len: int, head_dim: int, only_decodes: bool) -> int:
+    """Pieces of the keys: as in decoding if all are decodes. A tile of prefill has an SM for itself, and products
+    enough to pay for the merge of its rows only with SPLIT_KEYS keys a piece or more.
+
+    num_programs: without a split, at least.
+    """
+    if only_decodes:
+        return splits.choose(num_programs, num_sms, max_kv_len, head_dim)
+    return splits.num_splits_heuristic(num_programs, num_sms, math.ceil(max_kv_len / SPLIT_KEYS))
+
+
+SPLIT_KEYS = 512
+
+
+def ragged_attention(q, k_pages, v_pages, block_table, q_starts, kv_lens, *, num_splits=None, sm_scale=None):
     """Causal attention of chunks of different lengths, one a sequence, over keys and values that lie in pages.
 
     q [N, Hq, D]: the queries of all sequences, one after the other; sequence b has those from q_starts[b] to
@@ -118,30 +145,43 @@ def ragged_attention(q, k_pages, v_pages, block_table, q_starts, kv_lens, *, sm_
     bf16 or fp32; D up to 256; any page size. block_table [B, max_pages], q_starts [B + 1] and kv_lens [B] int32 on q's
     device. kv_lens count the chunk, whose keys are in their pages already. The mask is aligned bottom-right: a
     sequence's last query sits on its last key. A query that sees no key gets 0. sm_scale > 0 defaults to D ** -0.5.
+    num_splits: pieces that the keys of every tile are cut into; None leaves it to `ragged_splits`, for sequences that
+    fill the table.
 
     Page ids beyond kv_len are never read. Within it an id must lie in [0, P), and q_starts must rise from 0 to N:
     elsewhere it is an error on the CPU and under LAB_CHECK=1; where values are not looked at, a page that does not
     exist is as if its tokens were absent.
 
     Returns o [N, Hq, D] in q.dtype. Raises ValueError naming the argument. Source: selective batching (Yu et al., OSDI
-    2022, section 3.2) over pages (Kwon et al., SOSP 2023).
+    2022, section 3.2) over pages (Kwon et al., SOSP 2023), with the split over the keys of Flash-Decoding.
     """
     batch, num_q_heads, num_kv_heads, max_pages, head_dim = args.ragged(
         q, k_pages, v_pages, block_table, q_starts, kv_lens
     )
+    args.num_splits(num_splits)
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
     if batch == 0 or o.numel() == 0:
         return o
     num_tokens, group, page_size = len(q), num_q_heads // num_kv_heads, k_pages.shape[1]
-    # Exact fp32 products are made without the matrix unit and need many registers: at most 32 heads a tile.
-    tiles = tiles_per_group(args.MAX_HEAD_DIM, group) if q.dtype == torch.float32 else 1
+    only_decodes, max_kv_len = num_tokens <= batch, max_pages * page_size
+    # Exact fp32 products are made without the matrix unit and need many registers: at most 16 heads a tile.
+    most = 16 if q.dtype == torch.float32 else group
+    tiles = next(t for t in range(1, group + 1) if group % t == 0 and group // t <= most)
     group //= tiles
-    config = ragged_config(q.dtype, head_dim, group, page_size, only_decodes=num_tokens <= batch)
+    config = ragged_config(q.dtype, head_dim, group, page_size, only_decodes)
     # No tile count is needed from the device: partial tiles are at most one a sequence.
-    _ragged_kernel[(num_tokens // config["BLOCK_Q"] + batch, num_kv_heads * tiles)](
+    grid = (num_tokens // config["BLOCK_Q"] + batch, num_kv_heads * tiles)
+    if num_splits is None:
+        num_tiles = max(triton.cdiv(num_tokens, config["BLOCK_Q"]), min(batch, num_tokens))  # at least
+        num_sms = device_properties()["multiprocessor_count"]
+        num_splits = ragged_splits(num_tiles * grid[1], num_sms, max_kv_len, head_dim, only_decodes)
+    lse = torch.empty(num_tokens, num_q_heads, dtype=torch.float32, device=q.device)
+    outputs, merge_splits = split_outputs(o, lse, num_splits)
+    _ragged_kernel[(*grid, num_splits)](
         q, *q.stride(), k_pages, *k_pages.stride(), v_pages, *v_pages.stride(), block_table, *block_table.stride(),
-        q_starts.contiguous(), kv_lens.contiguous(), o, *o.stride(),
-        num_tokens, batch, batch.bit_length(), len(k_pages), max_pages * page_size, group,
+        q_starts.contiguous(), kv_lens.contiguous(), *outputs,
+        num_tokens, batch, batch.bit_length(), len(k_pages), max_kv_len, num_splits, group,
         qk_scale(sm_scale, head_dim), PAGE_SIZE=page_size, HEAD_DIM=head_dim, TILES=tiles, **config,
     )  # fmt: skip
+    merge_splits()
     return o

@@ -104,18 +104,18 @@ def _write_kv_kernel(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
-    if (slot >= 0) & (slot < num_slots):
-        page = slot // PAGE_SIZE
-        offset = slot % PAGE_SIZE
-        offs_h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)[:, None]  # heads may lie far apart
-        offs_d = tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
-        mask = (offs_h < num_kv_heads) & (offs_d < HEAD_DIM)
-        k = tl.load(k_ptr + token * stride_kn + offs_h * stride_kh + offs_d * stride_kd, mask=mask)
-        v = tl.load(v_ptr + token * stride_vn + offs_h * stride_vh + offs_d * stride_vd, mask=mask)
-        k_ptrs = k_pages_ptr + page * stride_kpp + offset * stride_kpn + offs_h * stride_kph + offs_d * stride_kpd
-        v_ptrs = v_pages_ptr + page * stride_vpp + offset * stride_vpn + offs_h * stride_vph + offs_d * stride_vpd
-        tl.store(k_ptrs, k, mask=mask)
-        tl.store(v_ptrs, v, mask=mask)
+    offs_h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)[:, None]  # heads may lie far apart
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
+    mask = (offs_h < num_kv_heads) & (offs_d < HEAD_DIM)
+    # Only the stores depend on the slot: the loads do not wait for it.
+    k = tl.load(k_ptr + token * stride_kn + offs_h * stride_kh + offs_d * stride_kd, mask=mask)
+    v = tl.load(v_ptr + token * stride_vn + offs_h * stride_vh + offs_d * stride_vd, mask=mask)
+    page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE
+    k_ptrs = k_pages_ptr + page * stride_kpp + offset * stride_kpn + offs_h * stride_kph + offs_d * stride_kpd
+    v_ptrs = v_pages_ptr + page * stride_vpp + offset * stride_vpn + offs_h * stride_vph + offs_d * stride_vpd
+    mask = mask & (slot >= 0) & (slot < num_slots)
+    tl.store(k_ptrs, k, mask=mask)
+    tl.store(v_ptrs, v, mask=mask)
 
 
 def paged_decoding(

@@ -14,9 +14,12 @@ from labkit import args
 @triton.jit
 def _rotate_heads(
     x_ptr, stride_xh, stride_xd, bias_ptr, y_ptr, stride_yh, stride_yd, cos_a, sin_a, cos_b, sin_b, head, num_heads,
-    HALF: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, ROTATE: tl.constexpr,
+    stored, HALF: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """y = rotated (x + bias) for some heads [BLOCK_H] of one token: pairs (d, d + D/2); angles [BLOCK_D]."""
+    """y = rotated (x + bias) for some heads [BLOCK_H] of one token: pairs (d, d + D/2); angles [BLOCK_D].
+
+    stored: whether y is written; only the stores wait for it.
+    """
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
     head = head[:, None]
     mask = (head < num_heads) & (offs_d < HALF)
@@ -30,6 +33,7 @@ def _rotate_heads(
     if ROTATE:
         a, b = a * cos_a[None, :] - b * sin_a[None, :], b * cos_b[None, :] + a * sin_b[None, :]
     at = head.to(tl.int64) * stride_yh + offs_d * stride_yd
+    mask = mask & stored
     tl.store(y_ptr + at, cast(a, y_ptr.dtype.element_ty), mask=mask)
     tl.store(y_ptr + at + half * stride_yd, cast(b, y_ptr.dtype.element_ty), mask=mask)
 
@@ -64,14 +68,15 @@ def _rope_kernel(
         _rotate_heads(
             q_ptr + b * stride_qb + t * stride_qt, stride_qh, stride_qd, q_ptr,
             q_out_ptr + b * stride_qob + t * stride_qot, stride_qoh, stride_qod,
-            cos, sin, cos_b, sin_b, block * BLOCK_H + tl.arange(0, BLOCK_H), num_q_heads, HALF, BLOCK_D, False, True,
+            cos, sin, cos_b, sin_b, block * BLOCK_H + tl.arange(0, BLOCK_H), num_q_heads,
+            True, HALF, BLOCK_D, False, True,
         )  # fmt: skip
     else:
         _rotate_heads(
             k_ptr + b * stride_kb + t * stride_kt, stride_kh, stride_kd, k_ptr,
             k_out_ptr + b * stride_kob + t * stride_kot, stride_koh, stride_kod,
             cos, sin, cos_b, sin_b, (block - q_blocks) * BLOCK_H + tl.arange(0, BLOCK_H), num_kv_heads,
-            HALF, BLOCK_D, False, True,
+            True, HALF, BLOCK_D, False, True,
         )  # fmt: skip
 
 
@@ -84,8 +89,8 @@ def _rope_write_kv_kernel(
     k_pages_ptr, stride_kpp, stride_kpn, stride_kph, stride_kpd,  # [P, page_size, Hkv, D] out
     v_pages_ptr, stride_vpp, stride_vpn, stride_vph, stride_vpd,  # [P, page_size, Hkv, D] out
     slots_ptr,  # [N]
-    num_slots, page_size, num_q_heads, num_kv_heads,
-    HALF: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, HAS_BIAS: tl.constexpr,
+    num_slots, num_q_heads, num_kv_heads,
+    PAGE_SIZE: tl.constexpr, HALF: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """One token and BLOCK_H heads: blocks of query heads, then of keys, then of values."""
     token = tl.program_id(0).to(tl.int64)
@@ -93,31 +98,31 @@ def _rope_write_kv_kernel(
     cos = tl.load(cos_ptr + token * stride_cn + offs_d * stride_cd, mask=offs_d < HALF, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + token * stride_sn + offs_d * stride_sd, mask=offs_d < HALF, other=0.0).to(tl.float32)
     slot = tl.load(slots_ptr + token)
-    page, offset = slot // page_size, slot % page_size
+    page, offset, there = slot // PAGE_SIZE, slot % PAGE_SIZE, (slot >= 0) & (slot < num_slots)
     block, q_blocks, kv_blocks = tl.program_id(1), tl.cdiv(num_q_heads, BLOCK_H), tl.cdiv(num_kv_heads, BLOCK_H)
     stride_h = tl.full((), 2 * HALF, tl.int64) * stride_xd
     x_ptr = qkv_ptr + token * stride_xn
     if block < q_blocks:
         _rotate_heads(
             x_ptr, stride_h, stride_xd, bias_ptr, q_ptr + token * stride_qn, stride_qh, 1,
-            cos, sin, cos, sin, block * BLOCK_H + tl.arange(0, BLOCK_H), num_q_heads, HALF, BLOCK_D, HAS_BIAS, True,
+            cos, sin, cos, sin, block * BLOCK_H + tl.arange(0, BLOCK_H), num_q_heads,
+            True, HALF, BLOCK_D, HAS_BIAS, True,
         )  # fmt: skip
-    elif (slot >= 0) & (slot < num_slots):
-        if block < q_blocks + kv_blocks:
-            _rotate_heads(
-                x_ptr + num_q_heads * stride_h, stride_h, stride_xd, bias_ptr + num_q_heads * 2 * HALF,
-                k_pages_ptr + page * stride_kpp + offset * stride_kpn, stride_kph, stride_kpd,
-                cos, sin, cos, sin, (block - q_blocks) * BLOCK_H + tl.arange(0, BLOCK_H), num_kv_heads,
-                HALF, BLOCK_D, HAS_BIAS, True,
-            )  # fmt: skip
-        else:
-            before = num_q_heads + num_kv_heads
-            _rotate_heads(
-                x_ptr + before * stride_h, stride_h, stride_xd, bias_ptr + before * 2 * HALF,
-                v_pages_ptr + page * stride_vpp + offset * stride_vpn, stride_vph, stride_vpd,
-                cos, sin, cos, sin, (block - q_blocks - kv_blocks) * BLOCK_H + tl.arange(0, BLOCK_H), num_kv_heads,
-                HALF, BLOCK_D, HAS_BIAS, False,
-            )  # fmt: skip
+    elif block < q_blocks + kv_blocks:
+        _rotate_heads(
+            x_ptr + num_q_heads * stride_h, stride_h, stride_xd, bias_ptr + num_q_heads * 2 * HALF,
+            k_pages_ptr + page * stride_kpp + offset * stride_kpn, stride_kph, stride_kpd,
+            cos, sin, cos, sin, (block - q_blocks) * BLOCK_H + tl.arange(0, BLOCK_H), num_kv_heads,
+            there, HALF, BLOCK_D, HAS_BIAS, True,
+        )  # fmt: skip
+    else:
+        before = num_q_heads + num_kv_heads
+        _rotate_heads(
+            x_ptr + before * stride_h, stride_h, stride_xd, bias_ptr + before * 2 * HALF,
+            v_pages_ptr + page * stride_vpp + offset * stride_vpn, stride_vph, stride_vpd,
+            cos, sin, cos, sin, (block - q_blocks - kv_blocks) * BLOCK_H + tl.arange(0, BLOCK_H), num_kv_heads,
+            there, HALF, BLOCK_D, HAS_BIAS, False,
+        )  # fmt: skip
 
 
 def fresh(x):
@@ -230,8 +235,9 @@ def rope_write_kv(qkv, bias, cos, sin, k_pages, v_pages, slots):
             _rope_write_kv_kernel[(num_tokens, blocks)](
                 qkv, *qkv.stride(), qkv if bias is None else bias.contiguous(), cos, *cos.stride(), sin, *sin.stride(),
                 q, *q.stride()[:2], k_pages, *k_pages.stride(), v_pages, *v_pages.stride(), slots.contiguous(),
-                k_pages.shape[0] * k_pages.shape[1], k_pages.shape[1], num_q_heads, num_kv_heads,
-                HALF=dim // 2, BLOCK_D=block_d, BLOCK_H=block_h, HAS_BIAS=bias is not None, num_warps=4,
+                k_pages.shape[0] * k_pages.shape[1], num_q_heads, num_kv_heads,
+                PAGE_SIZE=k_pages.shape[1], HALF=dim // 2, BLOCK_D=block_d, BLOCK_H=block_h,
+                HAS_BIAS=bias is not None, num_warps=4,
             )  # fmt: skip
         return q
 

@@ -1,7 +1,7 @@
 """Static, dynamic and continuous batching: the topic's names in one place, and attention over a ragged batch."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -65,6 +65,7 @@ class RaggedCase:
     page_size: int = 16
     sm_scale: float | None = None
     strided: bool = False
+    num_splits: int | None = None
 
     def tensors(self, device="cpu", seed=0):
         """q [N, Hq, D], k_pages, v_pages [P, page_size, Hkv, D], block_table [B, max_pages], q_starts [B + 1],
@@ -93,9 +94,10 @@ def _spread(x):
 
 
 def codegen_cases():
-    """A mixed step and a step of decodes only; dtypes, head_dims and groups one at a time; fp32 with a group of 64."""
+    """A mixed step and a step of decodes only, whole and cut; dtypes, head_dims and groups one at a time; fp32 with a
+    group of 64."""
 
-    def step(name, q_lens, dtype="bfloat16", head_dim=128, group=4, page_size=16):
+    def step(name, q_lens, dtype="bfloat16", head_dim=128, group=4, page_size=16, **options):
         pages = codegen.Tensor((64, page_size, 8, head_dim), dtype)
         tensors = dict(q=codegen.Tensor((sum(q_lens), 8 * group, head_dim), dtype), k_pages=pages, v_pages=pages)
         starts = [sum(q_lens[:b]) for b in range(len(q_lens) + 1)]
@@ -105,12 +107,14 @@ def codegen_cases():
         kernel = ("_ragged_kernel",)
         # Where a tile spans pages, an id of 4 bytes a key is loaded beside K and V; the wider pages gate those alone.
         narrow = kernel if page_size < 64 or page_size % 64 else ()
-        return codegen.Case("kernels.batching:ragged_attention", name, tensors, matrix=kernel, narrow=narrow)
+        return codegen.Case("kernels.batching:ragged_attention", name, tensors | options, matrix=kernel, narrow=narrow)
 
     mixed, decodes = [40, 1, 1], [1, 1, 1, 1]
     return [
         step("bf16, mixed", mixed),
         step("bf16, decodes", decodes),
+        step("bf16, mixed, 2 splits", mixed, num_splits=2),
+        step("bf16, decodes, 1 split", decodes, num_splits=1),
         step("fp16, mixed, page 64, group 8", mixed, "float16", group=8, page_size=64),
         step("bf16, mixed, page 1", mixed, page_size=1),
         step("bf16, mixed, page 100", mixed, page_size=100),
@@ -130,6 +134,7 @@ def codegen_cases():
 
 MIXED = "One step of Llama-3-8B: decodes of 2,048 keys and one chunk of a prompt, bf16, page 16"
 PLAIN = "One step of Llama-3-8B of one kind, bf16, page 16"
+LONG = "One step of Llama-3-8B with few tiles and a long context, bf16, page 16"
 
 
 def padded_sdpa(q, k_pages, v_pages, block_table, q_starts, kv_lens):
@@ -226,7 +231,7 @@ def step_case(name, chunks, *, section, tiny=False, num_q_heads=32, num_kv_heads
 
 
 def cases(tiny=False) -> list[bench.Case]:
-    """Steps as a chunked scheduler makes them, and the two kinds of step that it mixes, alone."""
+    """Steps as a chunked scheduler makes them, the two kinds of step that it mixes, alone, and those with few tiles."""
     decode = [(1, 2048)]
     mixed = {
         "32 decodes + chunk of 256": 32 * decode + [(256, 1024)],
@@ -236,9 +241,16 @@ def cases(tiny=False) -> list[bench.Case]:
     }
     plain = {
         "64 decodes": 64 * decode,
-        "1 decode of 32768": [(1, 32768)],
         "prompt of 4096": [(4096, 4096)],
         "8 prompts of 512": 8 * [(512, 512)],
     }
-    result = [step_case(name, chunks, section=MIXED, tiny=tiny) for name, chunks in mixed.items()]
-    return result + [step_case(name, chunks, section=PLAIN, tiny=tiny) for name, chunks in plain.items()]
+    long = {
+        "1 decode of 32768": [(1, 32768)],
+        "1 decode of 32768 + chunk of 256": [(1, 32768), (256, 256)],
+        "chunk of 64 after 32704": [(64, 32768)],
+        "32 decodes, one of 32768": 31 * decode + [(1, 32768)],
+    }
+    sections = {MIXED: mixed, PLAIN: plain, LONG: long}
+    result = [step_case(*one, section=name, tiny=tiny) for name, steps in sections.items() for one in steps.items()]
+    cut = {"not split": {"num_splits": 1}}
+    return [replace(case, variants=cut) if case.section == LONG else case for case in result]

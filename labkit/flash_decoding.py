@@ -249,7 +249,8 @@ def decode_case(name, batch, kv_len, num_q_heads, num_kv_heads, dtype, *, op, he
 
     elements = 2 * batch * head_dim * (kv_len * num_kv_heads + num_q_heads)  # k, v, q and o
     flops = 4 * batch * num_q_heads * kv_len * head_dim
-    options |= dict(bytes=elements * dtype.itemsize, flops=flops, peers=peers.DECODE, reference="decode_attention")
+    options |= dict(bytes=elements * dtype.itemsize, flops=flops, reference="decode_attention")
+    options["peers"] = peers.DECODE_MHA if num_q_heads == num_kv_heads else peers.DECODE
     return bench.Case(name, op, make, **options)
 
 

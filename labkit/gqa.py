@@ -338,7 +338,7 @@ def cases(tiny=False) -> list[bench.Case]:
             without = {} if (section, heads) == (HEADS, 8) else {"FlexDecoding": flex}
             options = dict(op="gqa_decoding", section=section, tiny=tiny, variants=VARIANTS, without=without)
             case = decode_case(name, batch, kv_len, 32, heads, BF16, **options)
-            result.append(replace(case, peers=peers.DECODE | {"SDPA flash, repeated": repeated_sdpa}))
+            result.append(replace(case, peers=case.peers | {"SDPA flash, repeated": repeated_sdpa}))
     long = dict(name="prefill, 16,384 tokens", section=LONG, reference="attention_by_head", length=16384)
     return result + [prefill_case(heads, tiny) for heads in (32, 8, 1)] + [prefill_case(8, tiny, **long)]
 

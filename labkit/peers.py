@@ -83,7 +83,9 @@ def flex_decoding(q, k, v, kv_lens):
 
 
 @functools.lru_cache(maxsize=1)
-def _flashinfer_plan(q_starts, kv_lens, table, page_size, num_q_heads, num_kv_heads, head_dim, dtype, device):
+def _flashinfer_plan(
+    q_starts, kv_lens, table, page_size, num_q_heads, num_kv_heads, head_dim, dtype, device, tensor_cores
+):  # fmt: skip
     """A planned wrapper; tuples and the block table's bytes, so that all copies of the inputs share one plan."""
     import flashinfer
 
@@ -96,7 +98,8 @@ def _flashinfer_plan(q_starts, kv_lens, table, page_size, num_q_heads, num_kv_he
     sizes = (first, ids.to(device), last, num_q_heads, num_kv_heads, head_dim, page_size)
     dtypes = dict(q_data_type=dtype, kv_data_type=dtype)
     if q_starts is None:
-        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True, backend="fa2")
+        options = dict(use_tensor_cores=tensor_cores, backend="fa2")
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", **options)
         wrapper.plan(*sizes, **dtypes)
     else:
         wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="fa2")
@@ -104,30 +107,30 @@ def _flashinfer_plan(q_starts, kv_lens, table, page_size, num_q_heads, num_kv_he
     return wrapper
 
 
-def flashinfer_paged(q, k_pages, v_pages, block_table, kv_lens, q_starts=None):
+def flashinfer_paged(q, k_pages, v_pages, block_table, kv_lens, q_starts=None, *, tensor_cores=True):
     """FlashInfer's FlashAttention-2 kernels over the same pages [P, page_size, Hkv, D], planned once.
 
-    Its batch decode, on tensor cores, for one query a sequence; with q_starts [B + 1] its batch prefill, in which a
-    decode is a chunk of one.
+    Its batch decode, on tensor cores or without, for one query a sequence; with q_starts [B + 1] its batch prefill, in
+    which a decode is a chunk of one.
     """
     _, page_size, num_kv_heads, head_dim = k_pages.shape
     wrapper = _flashinfer_plan(
         None if q_starts is None else tuple(q_starts.tolist()), tuple(kv_lens.tolist()),
         block_table.cpu().contiguous().numpy().tobytes(), page_size, q.shape[1], num_kv_heads, head_dim, q.dtype,
-        str(q.device),
+        str(q.device), tensor_cores,
     )  # fmt: skip
     return lambda: wrapper.run(q, (k_pages, v_pages))
 
 
-def flashinfer(q, k, v, kv_lens):
-    """FlashInfer's batch decode over a contiguous cache, seen as large pages."""
+def flashinfer(q, k, v, kv_lens, **options):
+    """FlashInfer's batch decode over a contiguous cache, seen as large pages. options: of `flashinfer_paged`."""
     batch, max_kv_len, num_kv_heads, head_dim = k.shape
     page_size = math.gcd(max_kv_len, 256)
     if page_size < 16:
         raise ValueError(f"k: got {max_kv_len} keys, expected a multiple of 16 to see them as pages")
     table = torch.arange(batch * max_kv_len // page_size, dtype=torch.int32).view(batch, -1)
     pages = (x.view(-1, page_size, num_kv_heads, head_dim) for x in (k, v))
-    return flashinfer_paged(q, *pages, table, kv_lens)
+    return flashinfer_paged(q, *pages, table, kv_lens, **options)
 
 
 DECODE = {
@@ -141,3 +144,5 @@ DECODE = {
     "FlexDecoding": flex_decoding,
     "FlashInfer": flashinfer,
 }
+# One query head a KV head makes no tile for a tensor core: its kernel without them may be the faster one.
+DECODE_MHA = DECODE | {"FlashInfer, no tensor cores": functools.partial(flashinfer, tensor_cores=False)}

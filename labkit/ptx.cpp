@@ -922,6 +922,8 @@ void define_all() {
     DEFINE("mul.hi.s32", s32, s64, s32, s64(a) * b >> 32)
     DEFINE("mul.hi.u32", u32, u64, u32, u64(a) * b >> 32)
     DEFINE("mul.hi.u16", u16, u32, u16, u32(a) * b >> 16)
+    DEFINE("mul.hi.s64", s64, s64, s64, s64(__int128(a) * b >> 64))
+    DEFINE("mul.hi.u64", u64, u64, u64, u64((unsigned __int128)a * b >> 64))
     DEFINE("div.full.f32", f32, f32, f32, divide(a, b))
     DEFINE("rsqrt.approx.ftz.f32", f32, f32, f32, off_by(0x1p-23f, f32(1 / std::sqrt(double(flush(a)))), bits<u32>(a)))
     DEFINE("ex2.approx.ftz.f32", f32, f32, f32, ex2(a))

@@ -65,7 +65,7 @@ def points(gpu="H200", results=None):
     found = []
     for words, topic, name, chapter, side in OPERATIONS:
         case = next(case for case in bench.topic_cases(topic) if case.name == name)
-        flops = case.flops or count(_traced(_reference(topic, case), _inputs(case), split=True))
+        flops = case.flops or count(_traced(getattr(bench.topic_module(topic), case.op), _inputs(case), split=True))
         rows = find(topic, f"NVIDIA {gpu}", results)
         us = next((median(row.us) for row in rows if (row.case, row.provider) == (name, case.op) and row.us), None)
         found.append(Point(words, topic, name, chapter, side, case.bytes, flops, us))
@@ -73,10 +73,6 @@ def points(gpu="H200", results=None):
             apart = moved(_traced(LAUNCHED[case.op], _inputs(case)))
             found.insert(-1, replace(found[-1], words="SwiGLU, two kernels", side="right", bytes=apart, us=None))
     return sorted(found, key=lambda point: point.intensity)
-
-
-def _reference(topic, case):
-    return getattr(bench.topic_module(topic), case.reference or case.op)
 
 
 def _inputs(case):

@@ -174,6 +174,14 @@ TRIALS = (
              {"num_stages": 3}),
     Trial("ragged: 32 keys a tile", "batching", "32 decodes + chunk of 512", (0.8, 1.0), "The output is rescaled twice "
           "as often: a fifth more instructions for a key.", rules={"kernels.batching:ragged_config": {"BLOCK_N": 32}}),
+    Trial("ragged: keys not split, one decode", "batching", "1 decode of 32768", (0.1, 0.25), "Eight programs for 132 "
+          "SMs: 124 have no work.", {"num_splits": 1}, compiled="bf16, decodes"),
+    Trial("ragged: keys not split, a chunk", "batching", "chunk of 64 after 32704", (0.15, 0.35), "Sixteen programs "
+          "for 132 SMs. Seven times as many, and the merge of 64 rows.", {"num_splits": 1},
+          compiled="bf16, mixed, 2 splits"),
+    Trial("ragged: keys split in two, a full step", "batching", "32 decodes + chunk of 512", (0.8, 1.0), "There is a "
+          "program for every SM, and more. Each half reads the same queries, and all rows pass through memory twice "
+          "more, in fp32.", {"num_splits": 2}),
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from fresh_memory import nan_in_fresh_memory
 import kernels.batching as ops
 from labkit import batching as ref
 from labkit import batching_study as study
+from labkit import splits
 from labkit.batching import TOY, Request, Scheduler, simulate
 from labkit.check import BF16, F16, F32, assert_matches
 
@@ -501,6 +502,13 @@ CASES = [
     case("strided bf16", [(20, 66), (1, 5)], dtype=BF16, strided=True),
     case("other scale", [(20, 66), (1, 5)], dtype=F32, sm_scale=0.5),
     case("large scores", [(20, 66), (1, 5)], dtype=BF16, sm_scale=4.0),
+    case("3 splits", [(17, 17), (1, 70), (33, 200), (0, 9), (1, 1)], dtype=BF16, num_splits=3),
+    case("2 splits of decodes", [(1, 300), (1, 1), (0, 5), (1, 129)], dtype=F16, num_splits=2, strided=True),
+    case("more splits than tiles of keys", [(9, 4), (3, 0), (20, 66), (1, 33)], dtype=F32, num_splits=5),
+    case("a rule's splits, one decode", [(1, 1100)], dtype=BF16, num_q_heads=2, num_kv_heads=1),
+    case("a rule's splits, a chunk", [(5, 1100)], dtype=BF16, num_q_heads=2, num_kv_heads=1),
+    case("splits, group 6, head_dim 80", [(20, 150), (1, 41)], dtype=F16, num_q_heads=12, head_dim=80, num_splits=2),
+    case("splits, fp32, group 64", [(3, 70), (1, 33)], dtype=F32, num_q_heads=64, num_kv_heads=1, num_splits=2),
     case("many sequences", [(i % 4, i % 7 + 3) for i in range(23)], dtype=F32, num_q_heads=2, num_kv_heads=1),
 ]
 
@@ -509,8 +517,36 @@ CASES = [
 def test_ragged(case, device, monkeypatch):
     nan_in_fresh_memory(monkeypatch)
     tensors = case.tensors(device)
-    got = ops.ragged_attention(*tensors, sm_scale=case.sm_scale)
+    got = ops.ragged_attention(*tensors, num_splits=case.num_splits, sm_scale=case.sm_scale)
     assert_matches(got, ref.ragged_attention, *tensors, sm_scale=case.sm_scale)
+
+
+def test_splits_follow_the_work():
+    """One decode is spread as in chapter 1, a short chunk over one program an SM; a full step is not cut."""
+    assert ops.ragged_splits(8, 132, 32768, 128, True) == splits.choose(8, 132, 32768, 128) > 8
+    assert ops.ragged_splits(16, 132, 32768, 128, False) == 7  # 112 programs for 132 SMs
+    assert ops.ragged_splits(16, 132, 500, 128, False) == 1
+    assert ops.ragged_splits(8 * 33, 132, 32768, 128, False) == 1
+
+
+@pytest.mark.parametrize(
+    "chunks, tiles", [([(1, 600)], 1), ([(1, 600)] * 3, 3), ([(1, 600), (0, 9), (0, 9)], 1), ([(32, 600)], 1)]
+)
+def test_a_step_is_cut_by_the_tiles_that_have_work(chunks, tiles, device, monkeypatch):
+    """For the rule only those count, not the ones that the grid holds ready."""
+    asked, rule = [], ops.ragged_splits
+    monkeypatch.setattr(ops, "ragged_splits", lambda *sizes: asked.append(sizes) or rule(*sizes))
+    ops.ragged_attention(*ref.RaggedCase("", chunks, dtype=F16).tensors(device))
+    ((num_programs, _, max_kv_len, head_dim, only_decodes),) = asked
+    assert (num_programs, max_kv_len, head_dim) == (2 * tiles, 608, 64)
+    assert only_decodes == (chunks != [(32, 600)])
+
+
+@pytest.mark.parametrize("num_splits", [0, -1, 1.5, "2"])
+def test_bad_number_of_splits_is_named(num_splits, device):
+    tensors = ref.RaggedCase("", [(1, 5)]).tensors(device)
+    with pytest.raises(ValueError, match=r"^num_splits: got .* expected "):
+        ops.ragged_attention(*tensors, num_splits=num_splits)
 
 
 @pytest.mark.parametrize("name, dim", [("k_pages", 1), ("v_pages", 1), ("k_pages", 3), ("q", 2)])
@@ -671,6 +707,16 @@ PLANTED_BUGS = [
     ("kernels/batching.py", "pid_h // TILES * stride_kh", "pid_h * stride_kh"),
     ("kernels/batching.py", "head = pid_h * group + offs_m % GROUP", "head = pid_h * GROUP + offs_m % GROUP"),
     ("kernels/batching.py", "rows = (q_start + query)", "rows = query"),
+    ("kernels/batching.py", "split_len = tl.cdiv(tl.cdiv(end, BLOCK_N), num_splits)", "split_len = (tl.cdiv(end, BLOCK_N) // num_splits)"),
+    ("kernels/batching.py", "end = tl.minimum(start + split_len, end)", "end = start + split_len"),
+    ("kernels/batching.py", "head * stride_oh + pid_s * stride_os", "head * stride_oh"),
+    ("kernels/batching.py", "lse, mask=mask_m)", "lse)"),
+    ("kernels/batching.py", "range(start, end, BLOCK_N)", "range(0, end, BLOCK_N)"),
+    ("kernels/batching.py", "stride_tp, start, end, PAGE_SIZE", "stride_tp, 0, end, PAGE_SIZE"),
+    ("kernels/batching.py", "min(batch, num_tokens))  # at least", "batch)  # at least"),
+    ("kernels/batching.py", "return splits.choose(num_programs, num_sms, max_kv_len, head_dim)", "return 1"),
+    ("kernels/batching.py", "math.ceil(max_kv_len / SPLIT_KEYS)", "max_kv_len // SPLIT_KEYS"),
+    ("kernels/paged_attention.py", "mask = mask & (slot >= 0) & (slot < num_slots)", "mask = mask & (slot < num_slots)"),
     ("kernels/batching.py", "(key % PAGE_SIZE).to(tl.int64)", "(offs_n % PAGE_SIZE).to(tl.int64)"),
     ("kernels/batching.py", "// config[\"BLOCK_Q\"] + batch, num_kv_heads * tiles)", "// config[\"BLOCK_Q\"] + 1, num_kv_heads * tiles)"),
     ("labkit/args.py", "starts == sorted(starts) and", ""),

@@ -705,8 +705,10 @@ class PlannedWrapper:
 
 
 class DecodeWrapper(PlannedWrapper):
+    built = []  # use_tensor_cores of each
+
     def __init__(self, *args, use_tensor_cores, **kwargs):
-        assert use_tensor_cores
+        self.built.append(use_tensor_cores)
         super().__init__(*args, **kwargs)
 
     def plan(self, *sizes, **dtypes):
@@ -729,15 +731,29 @@ def flashinfer(monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "flashinfer", stand_in)
     peers._flashinfer_plan.cache_clear()
+    DecodeWrapper.built.clear()
     yield
     peers._flashinfer_plan.cache_clear()
 
 
 def test_flashinfer_is_planned_over_the_pages_of_a_contiguous_cache(flashinfer):
     q, k, v, lens = check.DecodeCase("", (33, 16, 1), 8, 2, capacity=48).tensors()
-    assert_output_matches(peers.flashinfer(q, k, v, lens)(), q, k, v, lens)
+    for name in ("FlashInfer", "FlashInfer, no tensor cores"):
+        assert_output_matches(peers.DECODE_MHA[name](q, k, v, lens)(), q, k, v, lens)
+    assert DecodeWrapper.built == [True, False]
     with pytest.raises(ValueError, match="multiple of 16"):
         peers.flashinfer(q, k[:, :40], v[:, :40], lens)
+
+
+def test_flashinfer_without_tensor_cores_beside_mha():
+    """Where every query head has keys of its own, and nowhere else."""
+    for topic in ("flash_decoding", "gqa"):
+        for case in bench.topic_cases(topic, tiny=True):
+            if "FlashInfer" in case.peers:
+                inputs = case.make(torch.Generator(), "cpu")
+                mha = inputs["q"].shape[1] == inputs["k"].shape[2]
+                assert ("FlashInfer, no tensor cores" in case.peers) == mha, case.name
+    assert sum("FlashInfer, no tensor cores" in case.peers for case in bench.topic_cases("gqa")) == 2
 
 
 def pages_of(k, v, page_size, order):

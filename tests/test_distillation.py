@@ -158,6 +158,16 @@ def test_nan_stays(kind, device):
 # ---- the reference against others' formulas
 
 
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("rows", [1, 3, 7, 256])
+def test_reference_in_parts(kind, rows):
+    """The same loss and gradient; the last part may be a smaller one."""
+    student, teacher = (torch.randn(7, 50, generator=torch.Generator().manual_seed(i)).double() for i in range(2))
+    options = dict(kind=kind, temperature=2.0)
+    got = ref.kd_loss_and_grad_in_parts(student, teacher, rows=rows, **options)
+    torch.testing.assert_close(got, ref.kd_loss_and_grad(student, teacher, **options), rtol=1e-12, atol=1e-15)
+
+
 def test_reference_equals_torch():
     """kl_div with batchmean, T^2 and cross_entropy: the recipe of Hinton et al. in torch's words."""
     z, t = (x.double() for x in logits(7, 30))

@@ -98,17 +98,28 @@ def test_integers(name):
     assert got.tolist() == words(torch.tensor([x % UNSIGNED for x in expected])).tolist()
 
 
-def apply(name, count, *inputs):
-    """One instruction on words of 64 threads."""
+def apply(name, count, *inputs, operands=""):
+    """One instruction on words of 64 threads; operands: if they are not those words."""
     out = torch.full_like(inputs[0], 7)
     loads = "\n".join(
         f"ld.param.b64 %rd{i + 10}, [k_param_{i + 1}]; add.s64 %rd{i + 20}, %rd{i + 10}, %rd90;"
         f"ld.global.b32 {{ %r{i + 10} }}, [ %rd{i + 20} + 0 ];"
         for i in range(count)
     )
-    operands = ", ".join(f"%r{i + 10}" for i in range(count))
+    operands = operands or ", ".join(f"%r{i + 10}" for i in range(count))
     run(f"{loads} {name} %r20, {operands}; st.global.b32 [ %rd1 + 0 ], {{ %r20 }};", out, *inputs)
     return out
+
+
+@pytest.mark.parametrize("kind", ["s64", "u64"])
+def test_upper_half_of_a_product(kind):
+    """What a division by a constant is made of. Words times 2^29, so that both halves of the product are used."""
+    a, b = words(INTS), words(OTHERS)
+    widen = "; ".join(f"cvt.s64.s32 %rd{i + 30}, %r{i + 10}; shl.b64 %rd{i + 30}, %rd{i + 30}, 29" for i in range(2))
+    got = apply(f"{widen}; mul.hi.{kind} %rd33, %rd30, %rd31; cvt.u32.u64", 2, a, b, operands="%rd33")
+    limit = 1 << 64 if kind == "u64" else None
+    factors = [[x << 29 if limit is None else (x << 29) % limit for x in pair] for pair in zip(a.tolist(), b.tolist())]
+    assert got.tolist() == words(torch.tensor([(x * y >> 64) % UNSIGNED for x, y in factors])).tolist()
 
 
 def test_division_and_comparison():
