@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from labkit import args, bench, check, codegen, peers, player, trace
+from labkit import args, bench, check, codegen, player, trace
 from labkit.attention import attention, decode_attention
 from labkit.conversion import experiments, pool_kv_heads  # noqa: F401  (part of this topic's public names)
 from labkit.flash_decoding import decode_case
