@@ -16,7 +16,7 @@ import triton.language as tl
 from kernels._tile import attend_tile, cast, device_properties, finish, qk_scale
 from kernels.attention import attention_config
 from kernels.flash_decoding import split_config, split_outputs
-from kernels.paged_attention import pages_of_tile
+from kernels.paged_attention import pages_of_tile, ragged_splits
 from labkit import args, splits
 
 
@@ -38,7 +38,11 @@ def _find_sequence(q_starts_ptr, tile, batch, steps, BLOCK_Q: tl.constexpr):
 
 
 # What changes from step to step must not make Triton compile anew, as it does for a number that is 1 or divides by 16.
-@triton.jit(do_not_specialize=["stride_tb", "stride_lt", "stride_lh", "num_tokens", "batch", "steps", "num_splits"])
+@triton.jit(
+    do_not_specialize=[
+        "stride_tb", "stride_lt", "stride_lh", "num_tokens", "batch", "steps", "num_splits", "least_piece"
+    ]
+)  # fmt: skip
 def _ragged_kernel(
     q_ptr, stride_qt, stride_qh, stride_qd,  # [N, Hq, D]
     k_ptr, stride_kp, stride_kn, stride_kh, stride_kd,  # [P, page_size, Hkv, D]
@@ -47,7 +51,7 @@ def _ragged_kernel(
     q_starts_ptr, kv_lens_ptr,  # [B + 1], [B]
     o_ptr, stride_ot, stride_oh, stride_os, stride_od,  # [N, Hq, S, D] out
     lse_ptr, stride_lt, stride_lh, stride_ls,  # [N, Hq, S] out
-    num_tokens, batch, steps, num_pages, max_kv_len, num_splits, group, qk_scale,
+    num_tokens, batch, steps, num_pages, max_kv_len, num_splits, least_piece, group, qk_scale,
     PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +82,7 @@ def _ragged_kernel(
     last = tl.minimum(tile * BLOCK_Q + BLOCK_Q, q_len) + kv_len - q_len
     end = tl.maximum(last, 0)  # no query of this tile sees a key from here on
     # Each tile is cut by what it sees: whole tiles of keys, late splits may be empty.
-    split_len = tl.cdiv(tl.cdiv(end, BLOCK_N), num_splits) * BLOCK_N
+    split_len = tl.maximum(tl.cdiv(tl.cdiv(end, BLOCK_N), num_splits) * BLOCK_N, least_piece)
     start = tl.minimum(pid_s * split_len, end)
     end = tl.minimum(start + split_len, end)
     table_ptr += pid_b.to(tl.int64) * stride_tb
@@ -123,14 +127,12 @@ def ragged_config(dtype: torch.dtype, head_dim: int, group: int, page_size: int,
 
 
 @functools.lru_cache(maxsize=4096)
-def ragged_splits(num_programs: int, num_sms: int, max_kv_len: int, head_dim: int, only_decodes: bool) -> int:
-    """Pieces of the keys: as in decoding if all are decodes. A tile of prefill has an SM for itself, and products
-    enough to pay for the merge of its rows only with SPLIT_KEYS keys a piece or more.
+def chunk_splits(num_programs: int, num_sms: int, max_kv_len: int) -> int:
+    """Pieces of the keys in a step with chunks of prompts; num_programs: without a split, at least.
 
-    num_programs: without a split, at least.
+    A tile of prefill has an SM for itself, and its rows are merged: it has products enough to pay for that only with
+    SPLIT_KEYS keys a piece or more.
     """
-    if only_decodes:
-        return splits.choose(num_programs, num_sms, max_kv_len, head_dim)
     return splits.num_splits_heuristic(num_programs, num_sms, math.ceil(max_kv_len / SPLIT_KEYS))
 
 
@@ -145,8 +147,8 @@ def ragged_attention(q, k_pages, v_pages, block_table, q_starts, kv_lens, *, num
     bf16 or fp32; D up to 256; any page size. block_table [B, max_pages], q_starts [B + 1] and kv_lens [B] int32 on q's
     device. kv_lens count the chunk, whose keys are in their pages already. The mask is aligned bottom-right: a
     sequence's last query sits on its last key. A query that sees no key gets 0. sm_scale > 0 defaults to D ** -0.5.
-    num_splits: pieces that the keys of every tile are cut into; None leaves it to `ragged_splits`, for sequences that
-    fill the table.
+    num_splits: pieces that the keys of every tile are cut into; None leaves it to `chunk_splits`, and of decodes
+    alone to `labkit.splits.choose_ragged`, for sequences that fill the table.
 
     Page ids beyond kv_len are never read. Within it an id must lie in [0, P), and q_starts must rise from 0 to N:
     elsewhere it is an error on the CPU and under LAB_CHECK=1; where values are not looked at, a page that does not
@@ -171,16 +173,16 @@ def ragged_attention(q, k_pages, v_pages, block_table, q_starts, kv_lens, *, num
     config = ragged_config(q.dtype, head_dim, group, page_size, only_decodes)
     # No tile count is needed from the device: partial tiles are at most one a sequence.
     grid = (num_tokens // config["BLOCK_Q"] + batch, num_kv_heads * tiles)
-    if num_splits is None:
-        num_tiles = max(triton.cdiv(num_tokens, config["BLOCK_Q"]), min(batch, num_tokens))  # at least
-        num_sms = device_properties()["multiprocessor_count"]
-        num_splits = ragged_splits(num_tiles * grid[1], num_sms, max_kv_len, head_dim, only_decodes)
+    num_programs = max(triton.cdiv(num_tokens, config["BLOCK_Q"]), min(batch, num_tokens)) * grid[1]  # at least
+    if num_splits is None and not only_decodes:
+        num_splits = chunk_splits(num_programs, device_properties()["multiprocessor_count"], max_kv_len)
+    num_splits, least_piece = ragged_splits(num_splits, num_programs, max_kv_len, head_dim)
     lse = torch.empty(num_tokens, num_q_heads, dtype=torch.float32, device=q.device)
     outputs, merge_splits = split_outputs(o, lse, num_splits)
     _ragged_kernel[(*grid, num_splits)](
         q, *q.stride(), k_pages, *k_pages.stride(), v_pages, *v_pages.stride(), block_table, *block_table.stride(),
         q_starts.contiguous(), kv_lens.contiguous(), *outputs,
-        num_tokens, batch, batch.bit_length(), len(k_pages), max_kv_len, num_splits, group,
+        num_tokens, batch, batch.bit_length(), len(k_pages), max_kv_len, num_splits, least_piece, group,
         qk_scale(sm_scale, head_dim), PAGE_SIZE=page_size, HEAD_DIM=head_dim, TILES=tiles, **config,
     )  # fmt: skip
     merge_splits()

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._tile import attend_tile, block_dim, finish, qk_scale, splits_or_default
+from kernels._tile import attend_tile, block_dim, device_properties, finish, qk_scale
 from kernels.flash_decoding import (  # flash_decoding: timed beside paged_decoding, under this topic's name
     flash_decoding,  # noqa: F401
     split_config,
@@ -17,7 +17,7 @@ from kernels.flash_decoding import (  # flash_decoding: timed beside paged_decod
     store_split,
     tiles_per_group,
 )
-from labkit import args
+from labkit import args, splits
 
 
 @triton.jit
@@ -33,7 +33,8 @@ def pages_of_tile(table_ptr, stride_tp, first, end, PAGE_SIZE: tl.constexpr, BLO
     return tl.load(table_ptr + (key // PAGE_SIZE).to(tl.int64) * stride_tp, mask=key < end, other=-1)
 
 
-@triton.jit(do_not_specialize=["stride_tb", "stride_lb", "stride_lh", "num_splits"])  # they change while an engine runs
+# What changes while an engine runs must not make Triton compile anew.
+@triton.jit(do_not_specialize=["stride_tb", "stride_lb", "stride_lh", "num_splits", "least_piece"])
 def _paged_split_kernel(
     q_ptr, stride_qb, stride_qh, stride_qd,  # [B, Hq, D]
     k_ptr, stride_kp, stride_kn, stride_kh, stride_kd,  # [P, page_size, Hkv, D]
@@ -42,7 +43,7 @@ def _paged_split_kernel(
     kv_lens_ptr,  # [B]
     o_ptr, stride_ob, stride_oh, stride_os, stride_od,  # [B, Hq, S, D] out
     lse_ptr, stride_lb, stride_lh, stride_ls,  # [B, Hq, S] out
-    num_pages, max_kv_len, num_splits, group, qk_scale,
+    num_pages, max_kv_len, num_splits, least_piece, group, qk_scale,
     PAGE_SIZE: tl.constexpr, READ_AHEAD: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +61,7 @@ def _paged_split_kernel(
 
     # Each sequence is cut by its own length: whole tiles, late splits may be empty.
     kv_len = tl.minimum(tl.maximum(tl.load(kv_lens_ptr + pid_b), 0), max_kv_len)
-    split_len = tl.cdiv(tl.cdiv(kv_len, BLOCK_N), num_splits) * BLOCK_N
+    split_len = tl.maximum(tl.cdiv(tl.cdiv(kv_len, BLOCK_N), num_splits) * BLOCK_N, least_piece)
     start = tl.minimum(pid_s * split_len, kv_len)
     end = tl.minimum(start + split_len, kv_len)
 
@@ -118,6 +119,14 @@ def _write_kv_kernel(
     tl.store(v_ptrs, v, mask=mask)
 
 
+def ragged_splits(num_splits: int | None, num_tiles: int, max_kv_len: int, head_dim: int) -> tuple[int, int]:
+    """(num_splits, 0), or where it is None what the rule for ragged batches chooses on the current device."""
+    if num_splits is None:
+        num_sms = device_properties()["multiprocessor_count"]
+        return splits.choose_ragged(num_tiles, num_sms, max_kv_len, head_dim)
+    return num_splits, 0
+
+
 def paged_decoding(
     q, k_pages, v_pages, block_table, kv_lens, *, num_splits=None, sm_scale=None, read_ahead=True
 ):  # fmt: skip
@@ -125,8 +134,8 @@ def paged_decoding(
 
     q [B, Hq, D]; k_pages, v_pages [P, page_size, Hkv, D], Hq a multiple of Hkv, any strides; fp16, bf16 or fp32; D up
     to 256; any page size. block_table [B, max_pages] int32: page of each page_size tokens of a sequence. kv_lens [B]
-    int32 on q's device. sm_scale > 0 defaults to D ** -0.5; num_splits None leaves it to `labkit.splits.choose`, for
-    sequences that fill the table. read_ahead=False reads a page's id right before the page, for comparison.
+    int32 on q's device. sm_scale > 0 defaults to D ** -0.5; num_splits None leaves it to `labkit.splits.choose_ragged`,
+    for sequences that fill the table. read_ahead=False reads a page's id right before the page, for comparison.
 
     Page ids beyond kv_len are never read. Within it an id must lie in [0, P): elsewhere it is an error on the CPU and
     under LAB_CHECK=1; where values are not looked at, the tokens of such a page are as if they were absent, and kv_lens
@@ -144,7 +153,7 @@ def paged_decoding(
     if batch == 0:
         return o, lse
     max_kv_len = max_pages * page_size
-    num_splits = splits_or_default(num_splits, batch * num_kv_heads, max_kv_len, head_dim)
+    num_splits, least_piece = ragged_splits(num_splits, batch * num_kv_heads, max_kv_len, head_dim)
     group = num_q_heads // num_kv_heads
     # Exact fp32 products are made without the matrix unit and need many registers: at most 32 wide heads a tile.
     tiles = tiles_per_group(args.MAX_HEAD_DIM, group) if q.dtype == torch.float32 and head_dim > 64 else 1
@@ -153,7 +162,7 @@ def paged_decoding(
     _paged_split_kernel[(num_splits, num_kv_heads * tiles, batch)](
         q, *q.stride(), k_pages, *k_pages.stride(), v_pages, *v_pages.stride(), block_table, *block_table.stride(),
         kv_lens.contiguous(), *outputs,
-        num_pages, max_kv_len, num_splits, group, qk_scale(sm_scale, head_dim),
+        num_pages, max_kv_len, num_splits, least_piece, group, qk_scale(sm_scale, head_dim),
         PAGE_SIZE=page_size, READ_AHEAD=read_ahead, HEAD_DIM=head_dim, TILES=tiles,
         **split_config(q.dtype, head_dim, group),
     )  # fmt: skip

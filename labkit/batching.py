@@ -134,7 +134,7 @@ def codegen_cases():
 
 MIXED = "One step of Llama-3-8B: decodes of 2,048 keys and one chunk of a prompt, bf16, page 16"
 PLAIN = "One step of Llama-3-8B of one kind, bf16, page 16"
-LONG = "One step of Llama-3-8B with few tiles and a long context, bf16, page 16"
+LONG = "One step of Llama-3-8B with a long context, bf16, page 16"
 
 
 def padded_sdpa(q, k_pages, v_pages, block_table, q_starts, kv_lens):
@@ -178,20 +178,17 @@ def one_by_one(q, k_pages, v_pages, block_table, q_starts, kv_lens):
     return call
 
 
-def varlen(q, k_pages, v_pages, block_table, q_starts, kv_lens):
-    """torch's own variable-length FlashAttention with a block table."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    longest = max(end - start for start, end in pairwise(q_starts.tolist()))
-    options = dict(seqused_k=kv_lens, block_table=block_table, enable_gqa=True, window_size=(-1, 0))
-    return lambda: varlen_attn(
-        q, k_pages, v_pages, q_starts, None, longest, block_table.shape[1] * k_pages.shape[1], **options
-    )
+def varlen_packed(q, k_pages, v_pages, block_table, q_starts, kv_lens):
+    """torch's variable-length FlashAttention without pages: keys packed one sequence after the other, untimed."""
+    slots = [sequence_slots(*one, k_pages.shape[1], len(k_pages)) for one in zip(block_table, kv_lens)]
+    k, v = (x.flatten(0, 1)[torch.cat(slots)] for x in (k_pages, v_pages))  # [sum of kv_lens, Hkv, D]
+    k_starts = F.pad(kv_lens.cumsum(0, dtype=torch.int32), (1, 0))
+    return peers.varlen(q, k, v, None, kv_lens, q_starts, k_starts)
 
 
 PEERS = {
     "padded SDPA": padded_sdpa, "SDPA one by one": one_by_one, "FlashInfer": peers.flashinfer_paged,
-    "torch varlen": varlen,
+    "torch varlen": peers.varlen, "torch varlen, packed": varlen_packed,
 }  # fmt: skip
 
 
@@ -223,15 +220,17 @@ def step_case(name, chunks, *, section, tiny=False, num_q_heads=32, num_kv_heads
         }
 
     elements = 2 * head_dim * (sum(n for _, n in chunks) * num_kv_heads + num_tokens * num_q_heads)  # k, v, q, o
+    scores = 4 * len(chunks) * num_q_heads * max(q for q, _ in chunks) * max(n for _, n in chunks)
+    too_large = {"padded SDPA": f"its scores take {scores / 1e9:.0f} GB in fp32"} if scores > 20e9 else {}
     pairs = sum(q * n - q * (q - 1) // 2 for q, n in chunks)  # what the mask keeps
     return bench.Case(
         name, "ragged_attention", make, bytes=2 * elements + 4 * len(order), section=section, peers=PEERS,
-        flops=4 * pairs * num_q_heads * head_dim,
+        without=too_large, flops=4 * pairs * num_q_heads * head_dim,
     )  # fmt: skip
 
 
 def cases(tiny=False) -> list[bench.Case]:
-    """Steps as a chunked scheduler makes them, the two kinds of step that it mixes, alone, and those with few tiles."""
+    """Steps as a chunked scheduler makes them, the two kinds of step that it mixes, alone, and long contexts."""
     decode = [(1, 2048)]
     mixed = {
         "32 decodes + chunk of 256": 32 * decode + [(256, 1024)],
@@ -249,6 +248,7 @@ def cases(tiny=False) -> list[bench.Case]:
         "1 decode of 32768 + chunk of 256": [(1, 32768), (256, 256)],
         "chunk of 64 after 32704": [(64, 32768)],
         "32 decodes, one of 32768": 31 * decode + [(1, 32768)],
+        "32 decodes, one of 32768 + chunk of 256": [*31 * decode, (1, 32768), (256, 1024)],
     }
     sections = {MIXED: mixed, PLAIN: plain, LONG: long}
     result = [step_case(*one, section=name, tiny=tiny) for name, steps in sections.items() for one in steps.items()]

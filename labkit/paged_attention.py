@@ -290,17 +290,7 @@ def gathered_sdpa(q, k_pages, v_pages, block_table, kv_lens):
     return call
 
 
-def varlen(q, k_pages, v_pages, block_table, kv_lens):
-    """torch's own variable-length FlashAttention with a block table."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    first = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
-    options = dict(seqused_k=kv_lens, block_table=block_table, enable_gqa=True)
-    longest = block_table.shape[1] * k_pages.shape[1]
-    return lambda: varlen_attn(q, k_pages, v_pages, first, None, 1, longest, **options)
-
-
-PEERS = {"gathered SDPA": gathered_sdpa, "FlashInfer": peers.flashinfer_paged, "torch varlen": varlen}
+PEERS = {"gathered SDPA": gathered_sdpa, "FlashInfer": peers.flashinfer_paged, "torch varlen": peers.varlen}
 
 
 def paged_case(name, kv_lens, page_size, *, section, tiny=False, num_q_heads=32, num_kv_heads=8, head_dim=128):
@@ -349,4 +339,6 @@ def cases(tiny=False) -> list[bench.Case]:
         result += [
             paged_case(f"{name} page {size}", [kv_len] * batch, size, section=PRICE, tiny=tiny) for size in sizes
         ]
-    return result + [paged_case(f"page {size}", ragged_lens(), size, section=RAGGED, tiny=tiny) for size in (16, 64)]
+    ragged = [paged_case(f"page {size}", ragged_lens(), size, section=RAGGED, tiny=tiny) for size in (16, 64)]
+    cut = VARIANTS | {"not split": {"num_splits": 1}}
+    return result + [dataclasses.replace(case, variants=cut) for case in ragged]

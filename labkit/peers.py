@@ -8,6 +8,7 @@ Decoding: q [B, Hq, D]; k, v [B, L, Hkv, D]; kv_lens [B] int32. Every call retur
 """
 
 import functools
+import inspect
 import math
 
 import torch
@@ -131,6 +132,26 @@ def flashinfer(q, k, v, kv_lens, **options):
     table = torch.arange(batch * max_kv_len // page_size, dtype=torch.int32).view(batch, -1)
     pages = (x.view(-1, page_size, num_kv_heads, head_dim) for x in (k, v))
     return flashinfer_paged(q, *pages, table, kv_lens, **options)
+
+
+def varlen(q, k_pages, v_pages, block_table, kv_lens, q_starts=None, k_starts=None):
+    """torch's own variable-length FlashAttention, causal, over pages [P, page_size, Hkv, D]. torch 2.11 takes none yet.
+
+    q_starts [B + 1]: None for one query a sequence. k_starts [B + 1]: instead of pages, k_pages and v_pages [N, Hkv, D]
+    hold one sequence after the other.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    known, lens = inspect.signature(varlen_attn).parameters, kv_lens.tolist()
+    if q_starts is None:
+        q_starts = torch.arange(len(lens) + 1, dtype=torch.int32, device=q.device)
+    longest = int(q_starts.diff().max()), max(lens)
+    options = {"window_size": (-1, 0)} | ({"enable_gqa": True} if "enable_gqa" in known else {})
+    if k_starts is None:
+        if "block_table" not in known:
+            raise ValueError(f"varlen_attn of torch {torch.__version__} takes no block table")
+        options |= dict(seqused_k=kv_lens, block_table=block_table)
+    return lambda: varlen_attn(q, k_pages, v_pages, q_starts, k_starts, *longest, **options)
 
 
 DECODE = {

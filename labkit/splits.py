@@ -41,6 +41,22 @@ def choose(num_tiles: int, num_sms: int, max_kv_len: int, head_dim: int) -> int:
     return num_splits_heuristic(num_tiles, 2 * num_sms, math.ceil(max_kv_len / key_block(head_dim)))
 
 
+LONGEST_WALK, LEAST_PIECE, MOST_PIECES = 4096, 1024, 8
+
+
+def choose_ragged(num_tiles: int, num_sms: int, max_kv_len: int, head_dim: int) -> tuple[int, int]:
+    """`choose` for sequences of different lengths, as (pieces, least number of keys in a piece).
+
+    A batch that fills the GPU is not cut by `choose`, and its longest sequence may be at work when all others are done.
+    The lengths are on the GPU, where no rule on the host sees them; but pieces can have a least length. So up to
+    MOST_PIECES are offered, such that no program walks more than LONGEST_WALK keys, and a sequence takes as many as
+    hold LEAST_PIECE keys each.
+    """
+    pieces = min(MOST_PIECES, math.ceil(max_kv_len / LONGEST_WALK))
+    num_splits = choose(num_tiles, num_sms, max_kv_len, head_dim)
+    return (num_splits, 0) if num_splits >= pieces else (pieces, LEAST_PIECE)
+
+
 def bounds(kv_len: int, num_splits: int, block: int) -> list[tuple[int, int]]:
     """Keys [start, end) of each split: whole blocks, as even as they go; late splits may be empty (start == end)."""
     per_split = math.ceil(math.ceil(kv_len / block) / num_splits) * block

@@ -152,6 +152,10 @@ TRIALS = (
     _paged("id read in place, five stages", (0.95, 1.02), "More stages give back what the load in the loop took.",
            {"num_stages": 5}, read_ahead=False),
     _paged("four stages", (0.95, 1.03), "As without pages: two tiles are enough.", {"num_stages": 4}),
+    Trial("pages: keys not split, a ragged batch", "paged_attention", "page 16", (0.8, 1.0), "The longest sequence has "
+          "four times the keys of the mean. While it ends, most SMs have no work.", {"num_splits": 1}),
+    Trial("pages: each in three pieces, a ragged batch", "paged_attention", "page 16", (0.9, 1.0), "Short sequences "
+          "are cut, too: programs of a few tiles, each with its start and its end.", {"num_splits": 3}),
     Trial("GQA: one query head a program", "gqa", "B=16 L=4096, 8 KV heads", (0.3, 0.9), "Four programs read the same "
           "keys. The L2 cache takes a part of it away.", {"heads": 1}),
     Trial("stream: 64 keys a tile", "streaming_llm", "B=8 sinks 4 + window 1020", (0.85, 1.0), "The angles lie beside "

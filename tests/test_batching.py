@@ -8,10 +8,12 @@ import torch
 from far_apart import far_apart
 from fresh_memory import nan_in_fresh_memory
 
+import kernels
 import kernels.batching as ops
 from labkit import batching as ref
 from labkit import batching_study as study
-from labkit import splits
+from labkit import trace
+from labkit.attention import attention
 from labkit.batching import TOY, Request, Scheduler, simulate
 from labkit.check import BF16, F16, F32, assert_matches
 
@@ -522,24 +524,47 @@ def test_ragged(case, device, monkeypatch):
 
 
 def test_splits_follow_the_work():
-    """One decode is spread as in chapter 1, a short chunk over one program an SM; a full step is not cut."""
-    assert ops.ragged_splits(8, 132, 32768, 128, True) == splits.choose(8, 132, 32768, 128) > 8
-    assert ops.ragged_splits(16, 132, 32768, 128, False) == 7  # 112 programs for 132 SMs
-    assert ops.ragged_splits(16, 132, 500, 128, False) == 1
-    assert ops.ragged_splits(8 * 33, 132, 32768, 128, False) == 1
+    """A short chunk is spread over one program an SM; pieces keep enough keys; a full step is not cut."""
+    assert ops.chunk_splits(16, 132, 32768) == 7  # 112 programs for 132 SMs
+    assert ops.chunk_splits(16, 132, 500) == 1
+    assert ops.chunk_splits(8 * 33, 132, 32768) == 1
 
 
 @pytest.mark.parametrize(
-    "chunks, tiles", [([(1, 600)], 1), ([(1, 600)] * 3, 3), ([(1, 600), (0, 9), (0, 9)], 1), ([(32, 600)], 1)]
+    "chunks, tiles", [([(1, 600)], 1), ([(1, 600)] * 3, 3), ([(1, 600), (0, 9), (0, 9)], 1), ([(32, 1100)], 1)]
 )
 def test_a_step_is_cut_by_the_tiles_that_have_work(chunks, tiles, device, monkeypatch):
-    """For the rule only those count, not the ones that the grid holds ready."""
-    asked, rule = [], ops.ragged_splits
-    monkeypatch.setattr(ops, "ragged_splits", lambda *sizes: asked.append(sizes) or rule(*sizes))
+    """For the rules only those count, not the ones that the grid holds ready. Chunks have a rule of their own."""
+    asked, ragged, chunk = [], ops.ragged_splits, ops.chunk_splits
+    monkeypatch.setattr(ops, "ragged_splits", lambda *sizes: asked.append(sizes) or ragged(*sizes))
+    monkeypatch.setattr(ops, "chunk_splits", lambda *sizes: asked.append(sizes) or chunk(*sizes))
     ops.ragged_attention(*ref.RaggedCase("", chunks, dtype=F16).tensors(device))
-    ((num_programs, _, max_kv_len, head_dim, only_decodes),) = asked
-    assert (num_programs, max_kv_len, head_dim) == (2 * tiles, 608, 64)
-    assert only_decodes == (chunks != [(32, 600)])
+    if len(chunks) == 1 and chunks[0][0] > 1:
+        (programs, _, max_kv_len), (given, *_) = asked
+        assert (programs, max_kv_len, given) == (2 * tiles, 1104, 3)
+    else:
+        assert asked == [(None, 2 * tiles, 608, 64)]
+
+
+PIECES = ref.RaggedCase("", [(1, 500), (1, 128), (1, 129), (0, 7), (1, 1), (1, 700)], dtype=BF16)
+
+
+def test_pieces_have_a_least_length(device, monkeypatch):
+    monkeypatch.setattr(ops, "ragged_splits", lambda *_: (4, 128))
+    tensors = PIECES.tensors(device)
+    assert_matches(ops.ragged_attention(*tensors), ref.ragged_attention, *tensors)
+
+
+@pytest.mark.skipif(not kernels.INTERPRETED, reason="watched in the interpreter of this process")
+def test_only_long_sequences_are_cut(monkeypatch):
+    """Which pieces have work, by the keys that programs walked: 64 a turn."""
+    monkeypatch.setattr(ops, "ragged_splits", lambda *_: (4, 128))
+    names = ("q", "k_pages", "v_pages", "block_table", "q_starts", "kv_lens")
+    arguments = dict(zip(names, PIECES.tensors()))
+    _, walk = trace.watch("kernels.batching", "attend_tile", "ragged_attention", arguments)
+    turns = Counter(step.program[::2] for step in walk if step.program[1] == 0)  # (tile, piece), of the first KV head
+    by_tile = {tile: [turns[tile, piece] for piece in range(4)] for tile in sorted({tile for tile, _ in turns})}
+    assert list(by_tile.values()) == [[3, 3, 3, 2], [1, 0, 0, 0], [2, 1, 0, 0], [2, 0, 0, 0], [2, 2, 2, 2]]
 
 
 @pytest.mark.parametrize("num_splits", [0, -1, 1.5, "2"])
@@ -580,6 +605,30 @@ def test_what_lies_in_other_pages_does_not_matter(device):
     wide = torch.cat([table, torch.full_like(table, 2**30)], 1)
     got = ops.ragged_attention(q, k_pages, v_pages, wide, q_starts, kv_lens)
     assert torch.equal(got, ops.ragged_attention(q, k_pages, v_pages, table, q_starts, kv_lens))
+
+
+def varlen_of_torch(q, k, v, q_starts, k_starts, max_q, max_k, *, window_size, enable_gqa=False):
+    """What torch's varlen_attn computes, causal and bottom-right, one sequence after the other."""
+    assert window_size == (-1, 0)
+    spans = [list(itertools.pairwise(starts.tolist())) for starts in (q_starts, k_starts)]
+    assert [max(end - start for start, end in span) for span in spans] == [max_q, max_k]
+    parts = [attention(q[None, a:b], k[None, c:d], v[None, c:d])[0] for (a, b), (c, d) in zip(*spans)]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("knows_gqa", [True, False], ids=["torch 2.13", "torch 2.11"])
+def test_packed_keys_for_torchs_varlen(knows_gqa, monkeypatch):
+    def older(*inputs, window_size):
+        return varlen_of_torch(*inputs, window_size=window_size)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_of_torch if knows_gqa else older)
+    names = ("q", "k_pages", "v_pages", "block_table", "q_starts", "kv_lens")
+    tensors = ref.RaggedCase("", [(5, 9), (1, 40), (0, 3), (17, 17)], dtype=F32).tensors()
+    prepare = ref.PEERS["torch varlen, packed"]
+    assert_matches(prepare(**dict(zip(names, tensors)))(), ref.ragged_attention, *tensors)
+    if not knows_gqa:
+        with pytest.raises(ValueError, match=r"^varlen_attn of torch .* takes no block table"):
+            ref.PEERS["torch varlen"](**dict(zip(names, tensors)))
 
 
 def ints(*values):
@@ -713,8 +762,9 @@ PLANTED_BUGS = [
     ("kernels/batching.py", "lse, mask=mask_m)", "lse)"),
     ("kernels/batching.py", "range(start, end, BLOCK_N)", "range(0, end, BLOCK_N)"),
     ("kernels/batching.py", "stride_tp, start, end, PAGE_SIZE", "stride_tp, 0, end, PAGE_SIZE"),
-    ("kernels/batching.py", "min(batch, num_tokens))  # at least", "batch)  # at least"),
-    ("kernels/batching.py", "return splits.choose(num_programs, num_sms, max_kv_len, head_dim)", "return 1"),
+    ("kernels/batching.py", "min(batch, num_tokens)) * grid[1]", "batch) * grid[1]"),
+    ("kernels/batching.py", "if num_splits is None and not only_decodes:", "if num_splits is None:"),
+    ("kernels/batching.py", "num_splits) * BLOCK_N, least_piece)", "num_splits) * BLOCK_N, least_piece // 2)"),
     ("kernels/batching.py", "math.ceil(max_kv_len / SPLIT_KEYS)", "max_kv_len // SPLIT_KEYS"),
     ("kernels/paged_attention.py", "mask = mask & (slot >= 0) & (slot < num_slots)", "mask = mask & (slot < num_slots)"),
     ("kernels/batching.py", "(key % PAGE_SIZE).to(tl.int64)", "(offs_n % PAGE_SIZE).to(tl.int64)"),

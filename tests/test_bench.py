@@ -556,7 +556,7 @@ def test_dry_run(topic, tmp_path, capsys):
 # What a peer may answer where there is no GPU, or where it is not installed.
 REASONS = (
     r"No module named '(flashinfer|liger_kernel)'|No viable backend|No available kernel|not supported! Only CUDA|"
-    r"Could not run 'aten::_flash_attention_forward'|half a minute a shape|waits for the GPU to skip slots"
+    r"Could not run 'aten::_flash_attention_forward'|half a minute a shape|waits for the GPU to skip slots|takes no block table"
 )
 
 

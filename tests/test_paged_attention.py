@@ -9,8 +9,9 @@ import torch
 from far_apart import far_apart
 from fresh_memory import nan_in_fresh_memory
 
+import kernels
 import kernels.paged_attention as paged
-from labkit import args, kv_memory, trace
+from labkit import args, kv_memory, splits, trace
 from labkit import paged_attention as ref
 from labkit.attention import decode_attention
 from labkit.check import BF16, DECODE_CASES, F16, F32, DecodeCase, assert_matches, randn
@@ -426,6 +427,38 @@ def test_offsets_of_64_bits(name, dim, device):
     names = ("q", "k_pages", "v_pages", "block_table", "kv_lens")
     spread = [far_apart(x, dim) if n == name else x for n, x in zip(names, inputs)]
     assert_matches(paged.paged_decoding(*spread, num_splits=2), ref.paged_decoding, *inputs)
+
+
+PIECES = DecodeCase("", (500, 128, 129, 0, 1, 700), dtype=BF16)
+
+
+def test_pieces_have_a_least_length(device, monkeypatch):
+    monkeypatch.setattr(paged, "ragged_splits", lambda *_: (4, 128))
+    inputs = paged_inputs(PIECES, 16, device)
+    nan_in_fresh_memory(monkeypatch)
+    assert_matches(paged.paged_decoding(*inputs), ref.paged_decoding, *inputs)
+
+
+@pytest.mark.skipif(not kernels.INTERPRETED, reason="watched in the interpreter of this process")
+def test_only_long_sequences_are_cut(monkeypatch):
+    """Which pieces have work, by the keys that programs walked: 64 a turn."""
+    monkeypatch.setattr(paged, "ragged_splits", lambda *_: (4, 128))
+    names = ("q", "k_pages", "v_pages", "block_table", "kv_lens")
+    arguments = dict(zip(names, paged_inputs(PIECES, 16, "cpu")))
+    _, walk = trace.watch("kernels.paged_attention", "attend_tile", "paged_decoding", arguments)
+    turns = Counter(step.program[::2] for step in walk if step.program[1] == 0)  # (piece, sequence), of a KV head
+    found = [[turns[piece, sequence] for piece in range(4)] for sequence in range(6)]
+    assert found == [[2, 2, 2, 2], [2, 0, 0, 0], [2, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0], [3, 3, 3, 2]]
+
+
+def test_rule_for_ragged_batches():
+    """Cut as other decodes while that is enough; a batch that fills the GPU in pieces, by the longest sequence."""
+    for batch, kv_len in ((1, 1024), (1, 32768), (8, 8192), (16, 8192)):
+        assert splits.choose_ragged(8 * batch, 132, kv_len, 128) == (splits.choose(8 * batch, 132, kv_len, 128), 0)
+    assert splits.choose(8 * 64, 132, 16384, 128) == 1
+    found = {kv_len: splits.choose_ragged(8 * 64, 132, kv_len, 128) for kv_len in (0, 1, 4096, 4097, 16384, 10**6)}
+    assert found == {0: (1, 0), 1: (1, 0), 4096: (1, 0), 4097: (2, 1024), 16384: (4, 1024), 10**6: (8, 1024)}
+    assert splits.choose_ragged(8 * 16, 132, 65536, 128) == (8, 1024)  # two pieces would fill the GPU, too long ones
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
