@@ -2,6 +2,7 @@
 
 record [topic ...]        measure every case on this GPU into labkit/results/<gpu>/, in at most 8 minutes (--seconds)
 record --dry [topic ...]  go through every case for correctness, on tiny sizes, anywhere; writes nothing
+record --missing          only cases that the record of this GPU lacks, or has of an older kernel; likewise tune
 tune [--dry]              compile all trials (labkit/trials.py) for the H200 and, on a GPU, measure them; --dry as above
 metal [stage ...]         all that needs a GPU, in one go: tests, record, tune, notebooks, sanitizer (labkit/metal.py)
 codegen [topic ...]       compile every kernel ahead of time and judge what the compiler made of it
@@ -75,16 +76,29 @@ class GpuLost(Exception):
     """A kernel left the GPU in a state in which this process can't use it any more."""
 
 
+def is_missing(case, module, rows) -> bool:
+    """Whether the rows of a record lack the case's kernel, or a variant, as they are now."""
+    known = {(row.case, row.provider, row.source_hash) for row in rows}
+    return any(digest and (*key, digest) not in known for key, digest in bench.hashes([case], module).items())
+
+
+def numbers(topic, gpu, missing) -> list[int]:
+    """Of the topic's cases: all, or those that the record of this GPU lacks."""
+    rows = record.find(topic, gpu)
+    return [i for i, case in enumerate(bench.topic_cases(topic)) if not missing or is_missing(case, ops(topic), rows)]
+
+
 class Recording:
     """One run: the limits first, then the cases, each case saved when it is done, the copy once more at the end.
 
     begun counts the cases that were begun, or left for the end: a run that lost its GPU goes on behind them.
     """
 
-    def __init__(self, names, machine, seconds, skip=0):
+    def __init__(self, names, machine, seconds, skip=0, missing=False):
         self.machine, self.end = machine, time.monotonic() + seconds - RESERVE
         self.begun, self.measured, self.skip = 0, 0, skip
         self.cases = {topic: bench.topic_cases(topic) for topic in names}
+        self.numbers = {topic: numbers(topic, machine.shared["device"], missing) for topic in names}
         self.folder = record.RESULTS / record.slug(machine.shared["device"])
         self.ceilings = bench.measure_ceilings("", machine)
 
@@ -107,7 +121,7 @@ class Recording:
         """Every section gets its share of the time that is left; what it had to skip is tried again at the end."""
         groups = {}
         for topic, cases in self.cases.items():
-            for case in cases:
+            for case in (cases[i] for i in self.numbers[topic]):
                 groups.setdefault((topic, case.section), []).append(case)
         left, skipped = sum(map(len, groups.values())), []
         for (topic, _), cases in groups.items():
@@ -139,8 +153,10 @@ class Recording:
         print(f"\n{self.measured} of {self.begun - self.skip} cases measured on {self.machine.shared['device']}")
 
 
-def record_topics(names, seconds=SECONDS, skip=0) -> int:
-    """Measure the topics on this GPU within `seconds`, without the first `skip` cases. 1 if there is no usable GPU."""
+def record_topics(names, seconds=SECONDS, skip=0, missing=False) -> int:
+    """Measure the topics on this GPU within `seconds`, without the first `skip` cases; missing: only those that its
+    record lacks. 1 if there is no usable GPU.
+    """
     machine = bench.this_gpu()
     if machine is None:
         print("No usable GPU here: nothing was measured. `make record DRY=1` checks every case without one.")
@@ -156,8 +172,9 @@ def record_topics(names, seconds=SECONDS, skip=0) -> int:
     recording, lost = None, False
     try:
         if not skip:
-            compile_ahead([(t, i) for t in names for i in range(len(bench.topic_cases(t)))], seconds / 3)
-        recording = Recording(names, machine, end - time.monotonic(), skip)
+            jobs = [(topic, i) for topic in names for i in numbers(topic, machine.shared["device"], missing)]
+            compile_ahead(jobs, seconds / 3)
+        recording = Recording(names, machine, end - time.monotonic(), skip, missing)
         recording.run()
     except TimeIsUp:
         print(f"STOPPED after {seconds:.0f} s in the middle of a case; all finished cases are saved.")
@@ -167,33 +184,42 @@ def record_topics(names, seconds=SECONDS, skip=0) -> int:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     if lost:
-        return begin_again(names, end - time.monotonic(), recording.begun)
+        # The case that lost it is saved: where only the missing are wanted, it is none of them any more.
+        options = ["--missing"] if missing else ["--skip", str(recording.begun)]
+        return begin_again(names, end - time.monotonic(), options)
     if recording:
         recording.tables()
     return 0
 
 
-def begin_again(names, seconds, skip) -> int:
+def begin_again(names, seconds, options) -> int:
     """Let a new process record what is left: an illegal access spoils a process, not the GPU."""
-    arguments = ["record", *names, "--seconds", f"{max(seconds, 1):.0f}", "--skip", str(skip)]
+    arguments = ["record", *names, "--seconds", f"{max(seconds, 1):.0f}", *options]
     os.execv(sys.executable, [sys.executable, "-m", "kernels", *arguments])
 
 
-def tune(dry, seconds=SECONDS) -> int:
-    """Compile all trials; on a GPU, measure them within `seconds`. dry: check them on tiny sizes; 1 if one is wrong."""
+def tune(dry, seconds=SECONDS, missing=False) -> int:
+    """Compile all trials; on a GPU, measure them within `seconds`; missing: only those that its record lacks.
+
+    dry: check them on tiny sizes; 1 if one is wrong.
+    """
     end = time.monotonic() + seconds
     machine = check_only() if dry else bench.this_gpu()
-    rows, path, names = [], None, [trial.name for trial in trials.TRIALS]
+    rows, path, names, todo = [], None, [trial.name for trial in trials.TRIALS], list(range(len(trials.TRIALS)))
     if not dry:
         compiled = trials.load()
         if not machine or trials.Log(compiled, []).stale:  # a GPU's minutes are for measuring
             compiled = trials.compile_trials()
             trials.save(compiled)
     if machine and not dry:
-        compile_ahead([("trials", i) for i in range(len(names))], (end - time.monotonic()) / 2)
+        if missing:
+            known = record.find("trials", machine.shared["device"])
+            cases = [(trials.bench_case(trial), trials.ops_of(trial)) for trial in trials.TRIALS]
+            todo = [i for i, one in enumerate(cases) if is_missing(*one, known)]
+        compile_ahead([("trials", i) for i in todo], (end - time.monotonic()) / 2)
         path = record.RESULTS / record.slug(machine.shared["device"]) / "trials.json"
         rows = bench.measure_ceilings("trials", machine)
-    for trial in trials.TRIALS if machine else ():
+    for trial in (trials.TRIALS[i] for i in todo) if machine else ():
         if not dry and time.monotonic() > end:
             print(f"{trial.name}: SKIPPED, the time was spent", flush=True)
             continue
@@ -202,7 +228,7 @@ def tune(dry, seconds=SECONDS) -> int:
             record.add(rows, path, names)
         print(f"{trial.name}: " + "; ".join(f"{row.provider} {row.verdict}" for row in rows[-2:]), flush=True)
     if not dry:
-        log = trials.Log(compiled, rows)
+        log = trials.Log(compiled, record.load(path) if path and path.exists() else [])
         print(log, "; ".join(f"{n} {word}" for word, n in log.tally().items()), sep="\n")
     return int(any(not row.verdict.startswith("ok") for row in rows if row.case != record.CEILING))
 
@@ -268,19 +294,22 @@ def main(arguments=None) -> int:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--dry", action="store_true", help="with record, tune and metal: check, do not measure")
     parser.add_argument("--seconds", type=float, help="with record, tune and metal: how long it may take")
+    parser.add_argument("--missing", action="store_true", help="with record and tune: what this GPU's record lacks")
     parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--table", action="store_true", help="with codegen: write the table of the book")
     options = parser.parse_intermixed_args(arguments)
     if options.command == "experiments":
         return run_experiments(options.names)
     if options.command == "tune":
-        return tune(options.dry, options.seconds or SECONDS)
+        return tune(options.dry, options.seconds or SECONDS, options.missing)
     if options.command == "metal":
         return metal.run(chosen(metal.STAGES, options.names), options.seconds or metal.SECONDS, options.dry)
     names = chosen(topics("cases" if options.command == "record" else "codegen_cases"), options.names)
     if options.command == "codegen":
         return table() if options.table else compile_topics(names)
-    return dry(names) if options.dry else record_topics(names, options.seconds or SECONDS, options.skip)
+    if options.dry:
+        return dry(names)
+    return record_topics(names, options.seconds or SECONDS, options.skip, options.missing)
 
 
 if __name__ == "__main__":

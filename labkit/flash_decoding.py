@@ -5,6 +5,8 @@
 3. Merge: a partial output weighs exp(lse_split - lse_total).
 """
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 
@@ -265,8 +267,10 @@ def cases(tiny=False) -> list[bench.Case]:
         name = f"{prefix}B={batch} L={kv_len}"
         without = {} if name in COMPILED else {"FlexDecoding": "it compiles for half a minute a shape; three are timed"}
         options = dict(op="flash_decoding", section=section, variants=VARIANTS, without=without, tiny=tiny)
-        options["graph"] = section != EAGER
-        result.append(decode_case(name, batch, kv_len, *heads_and_dtype, **options))
+        case = decode_case(name, batch, kv_len, *heads_and_dtype, **options)
+        if section == EAGER:
+            case = replace(case, graph=False, peers=case.peers | {"SDPA, its choice": peers.sdpa(None)})
+        result.append(case)
     return result
 
 

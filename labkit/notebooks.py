@@ -20,7 +20,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-ROOT = Path(__file__).resolve().parent.parent
+from labkit.provenance import ROOT
+
 CHAPTERS, REQUIREMENTS = ROOT / "chapters", ROOT / "requirements.txt"
 PYTHON = (3, 11)  # of the stored outputs
 # One thread and one instruction set, so that the stored outputs are the same on every x86 machine. torch.compile would

@@ -41,8 +41,12 @@ def naive(q, k, v, kv_lens):
     return call
 
 
-def sdpa(backend: SDPBackend, contiguous: bool = False):
-    """`F.scaled_dot_product_attention` with one backend. contiguous: k and v laid out as [B, Hkv, L, D]."""
+def sdpa(backend: SDPBackend | None, contiguous: bool = False):
+    """`F.scaled_dot_product_attention` with one backend, or with what it chooses itself (None).
+
+    contiguous: k and v laid out as [B, Hkv, L, D]. A backend is asked for in every call, which takes Python some time:
+    None is what to compare with where the launch is timed as well.
+    """
 
     def prepare(q, k, v, kv_lens):
         k, v = _heads_first(k, v, kv_lens)
@@ -51,10 +55,9 @@ def sdpa(backend: SDPBackend, contiguous: bool = False):
         q = q.unsqueeze(2)  # [B, Hq, 1, D]
 
         def call():
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).squeeze(2)
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).squeeze(2)
 
-        return call
+        return call if backend is None else sdpa_kernel(backend)(call)
 
     return prepare
 

@@ -497,6 +497,38 @@ def test_a_run_that_loses_its_gpu_goes_on_in_a_new_process(topic, monkeypatch, t
     assert "2 of 2 cases measured on Test GPU" in capsys.readouterr().out
 
 
+def test_only_what_is_missing_is_recorded(topic, monkeypatch, tmp_path, capsys):
+    """A case that is not there, or was measured with another kernel; the rest stays as it was."""
+    monkeypatch.setattr(bench, "this_gpu", lambda: machine(1.0, date="day 1"))
+    ahead = []
+    monkeypatch.setattr(program, "compile_ahead", lambda jobs, seconds: ahead.append(jobs))
+    program.record_topics(["doubling"])
+    path = tmp_path / "test-gpu" / "doubling.json"
+    rows = [row for row in record.load(path) if row.case != "case 0"]
+    record.save([replace(row, source_hash="old") if row.case == "case 2" and row.source_hash else row for row in rows], path)
+    monkeypatch.setattr(bench, "this_gpu", lambda: machine(1.0, date="day 2"))
+    assert program.main(["record", "doubling", "--missing"]) == 0
+    assert ahead == [[("doubling", 0), ("doubling", 1), ("doubling", 2)], [("doubling", 0), ("doubling", 2)]]
+    dates = {row.case: row.date for row in record.load(path)}
+    assert [dates[f"case {i}"] for i in range(3)] == ["day 2", "day 1", "day 2"]
+    assert "2 of 2 cases measured" in capsys.readouterr().out
+    assert program.main(["record", "doubling", "--missing"]) == 0
+    assert "0 of 0 cases measured" in capsys.readouterr().out
+
+
+def test_a_lost_gpu_and_what_is_missing(topic, monkeypatch, tmp_path):
+    """The new process is told the same: the case that lost the GPU has a row by then."""
+    monkeypatch.setattr(bench, "this_gpu", lambda: machine(1.0))
+    begun = []
+    monkeypatch.setattr(program.os, "execv", lambda python, command: begun.append(command[7:]))
+    monkeypatch.setattr(bench, "lost", lambda machine: "illegal memory access" if not begun else "")
+    program.record_topics(["doubling"], seconds=100.0, missing=True)
+    assert begun == [["--missing"]]
+    program.record_topics(["doubling"], seconds=100.0, missing=True)
+    rows = record.load(tmp_path / "test-gpu" / "doubling.json")
+    assert {row.case for row in rows} == {"ceiling", "case 0", "case 1", "case 2"}
+
+
 AHEAD = """
 from labkit.ahead import compile_ahead
 if __name__ == "__main__":
@@ -665,6 +697,13 @@ def test_tiny_cases_have_the_same_names():
 def test_the_published_table_is_the_blogs():
     assert all(batch * kv_len == 2**16 for batch, kv_len in list(decoding.PUBLISHED_US)[:9])
     assert len(decoding.PUBLISHED_US) == 10
+
+
+def test_sdpa_is_not_told_a_backend_where_launches_are_timed():
+    eager = [case for case in decoding.cases(tiny=True) if not case.graph]
+    assert [("SDPA, its choice" in case.peers, "SDPA flash" in case.peers) for case in eager] == [(True, True)]
+    q, k, v, lens = check.DecodeCase("", (33, 33), 8, 2, capacity=48).tensors()
+    assert_output_matches(eager[0].peers["SDPA, its choice"](q, k, v, lens)(), q, k, v, lens)
 
 
 def assert_output_matches(o, *args):

@@ -795,6 +795,9 @@ def test_walk_player_shows_the_kernels_run():
 
 # fmt: off
 PLANTED_BUGS = [
+    ("kernels/paged_attention.py", "num_splits) * BLOCK_N, least_piece)", "num_splits) * BLOCK_N, 0)"),
+    ("labkit/splits.py", "if num_splits >= pieces else", "if num_splits > 1 else"),
+    ("labkit/splits.py", "math.ceil(max_kv_len / LONGEST_WALK))", "max_kv_len // LONGEST_WALK)"),
     ("labkit/block_pool.py", "shared = not full and self._refs[sequence.table[-1]] > 1", "shared = False"),
     ("labkit/block_pool.py", "shared = not full and self._refs[sequence.table[-1]] > 1", "shared = not full"),
     ("labkit/block_pool.py", "            self._refs[src] -= 1\n", ""),
@@ -824,8 +827,8 @@ PLANTED_BUGS = [
     ("kernels/paged_attention.py", "(page * stride_vp + offset * stride_vn)", "(page * stride_kp + offset * stride_vn + 1)"),
     ("kernels/paged_attention.py", "tl.load(kv_lens_ptr + pid_b), 0), max_kv_len)", "tl.load(kv_lens_ptr + pid_b), 0), max_kv_len + 1000)"),
     ("kernels/paged_attention.py", "mask_n[None, :], m, l, acc, qk_scale, True)", "mask_n[None, :], m, l, acc, qk_scale, False)"),
-    ("kernels/paged_attention.py", "if (slot >= 0) & (slot < num_slots):", "if slot >= 0:"),
-    ("kernels/paged_attention.py", "if (slot >= 0) & (slot < num_slots):", "if slot < num_slots:"),
+    ("kernels/paged_attention.py", "mask & (slot >= 0) & (slot < num_slots)", "mask & (slot >= 0)"),
+    ("kernels/paged_attention.py", "mask & (slot >= 0) & (slot < num_slots)", "mask & (slot < num_slots)"),
     ("kernels/paged_attention.py", "offs_h = (tl.program_id(1) * BLOCK_H + ", "offs_h = ("),
     ("kernels/paged_attention.py", "tl.store(v_ptrs, v, mask=mask)", "tl.store(v_ptrs, k, mask=mask)"),
     ("labkit/paged_attention.py", "position % page_size)[(page >= 0)", "position)[(page >= 0)"),

@@ -224,6 +224,22 @@ def test_tune_on_a_gpu(tuning, tmp_path, capsys):
     assert len(record.load(tmp_path / "test-gpu" / "trials.json")) == 4, "measured again, not added"
 
 
+def test_tune_what_is_missing(tuning, tmp_path, monkeypatch, capsys):
+    tuning("Test GPU")
+    path, measured, measure = tmp_path / "test-gpu" / "trials.json", [], trials.measure
+    monkeypatch.setattr(trials, "measure", lambda trial, *rest, **how: measured.append(trial.name) or measure(trial, *rest, **how))
+    program.main(["tune"])
+    first, second = (trial.name for trial in trials.TRIALS)
+    record.save([row for row in record.load(path) if (row.case, row.provider) != (second, CHANGED)], path)
+    assert program.main(["tune", "--missing"]) == 0
+    assert measured == [first, second, second]
+    assert len(record.load(path)) == 4
+    capsys.readouterr()
+    assert program.main(["tune", "--missing"]) == 0
+    assert measured == [first, second, second]
+    assert capsys.readouterr().out.count("1.00, as predicted: a tie") == 2, "what was measured before is in the log"
+
+
 def test_tune_without_a_gpu(tuning, tmp_path, capsys):
     tuning(None)
     assert program.main(["tune"]) == 0
