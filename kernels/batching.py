@@ -2,12 +2,11 @@
 
 Padded to the longest chunk, a step of one prompt of 512 tokens and 63 decodes is 64 x 512 rows, of which 575 are real.
 Here the queries of all sequences lie one after the other. A program owns a tile of queries of one sequence, times the
-query heads that share a KV head, and finds out by itself which sequence that is. Where a step has few tiles, the keys
-of each are spread over several programs, as in Flash-Decoding.
+query heads that share a KV head, and finds out by itself which sequence that is. Where a step has few tiles, or some
+sequences are much longer than others, keys are spread over several programs, as in Flash-Decoding.
 """
 
 import functools
-import math
 
 import torch
 import triton
@@ -15,8 +14,8 @@ import triton.language as tl
 
 from kernels._tile import attend_tile, cast, device_properties, finish, qk_scale
 from kernels.attention import attention_config
-from kernels.flash_decoding import split_config, split_outputs
-from kernels.paged_attention import pages_of_tile, ragged_splits
+from kernels.flash_decoding import split_config, split_outputs, tiles_per_group
+from kernels.paged_attention import length_of_pieces, pages_of_tile
 from labkit import args, splits
 
 
@@ -38,11 +37,9 @@ def _find_sequence(q_starts_ptr, tile, batch, steps, BLOCK_Q: tl.constexpr):
 
 
 # What changes from step to step must not make Triton compile anew, as it does for a number that is 1 or divides by 16.
-@triton.jit(
-    do_not_specialize=[
-        "stride_tb", "stride_lt", "stride_lh", "num_tokens", "batch", "steps", "num_splits", "least_piece"
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=[
+    "stride_tb", "stride_lt", "stride_lh", "num_tokens", "batch", "steps", "max_kv_len", "num_splits", "even",
+])  # fmt: skip
 def _ragged_kernel(
     q_ptr, stride_qt, stride_qh, stride_qd,  # [N, Hq, D]
     k_ptr, stride_kp, stride_kn, stride_kh, stride_kd,  # [P, page_size, Hkv, D]
@@ -51,14 +48,13 @@ def _ragged_kernel(
     q_starts_ptr, kv_lens_ptr,  # [B + 1], [B]
     o_ptr, stride_ot, stride_oh, stride_os, stride_od,  # [N, Hq, S, D] out
     lse_ptr, stride_lt, stride_lh, stride_ls,  # [N, Hq, S] out
-    num_tokens, batch, steps, num_pages, max_kv_len, num_splits, least_piece, group, qk_scale,
+    num_tokens, batch, steps, num_pages, max_kv_len, num_splits, even, num_heads, group, qk_scale,
     PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, LEAST_PIECE: tl.constexpr,
 ):  # fmt: skip
-    pid_h = tl.program_id(1).to(tl.int64)
-    pid_s = tl.program_id(2)
-    # The last tiles of a chunk see the most keys, and chunks come after decodes: start them first.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    # The last tiles of a chunk see the most keys, and chunks come after decodes: start them first, for all heads.
+    number = tl.num_programs(0) - 1 - tl.program_id(0)
+    tile, pid_h, pid_s = number // num_heads, (number % num_heads).to(tl.int64), tl.program_id(1)
     pid_b, tile = _find_sequence(q_starts_ptr, tile, batch, steps, BLOCK_Q)
     q_start = tl.load(q_starts_ptr + pid_b)
     q_len = tl.minimum(tl.load(q_starts_ptr + pid_b + 1), num_tokens) - q_start
@@ -81,8 +77,8 @@ def _ragged_kernel(
     position = query + kv_len - q_len  # bottom-right: the last query sits on the last key
     last = tl.minimum(tile * BLOCK_Q + BLOCK_Q, q_len) + kv_len - q_len
     end = tl.maximum(last, 0)  # no query of this tile sees a key from here on
-    # Each tile is cut by what it sees: whole tiles of keys, late splits may be empty.
-    split_len = tl.maximum(tl.cdiv(tl.cdiv(end, BLOCK_N), num_splits) * BLOCK_N, least_piece)
+    # Each tile is cut by the keys that it sees; late splits may be empty. Of those the merge reads nothing but lse.
+    split_len = length_of_pieces(end, num_splits, even, LEAST_PIECE, BLOCK_N)
     start = tl.minimum(pid_s * split_len, end)
     end = tl.minimum(start + split_len, end)
     table_ptr += pid_b.to(tl.int64) * stride_tb
@@ -105,7 +101,7 @@ def _ragged_kernel(
         m, l, acc = attend_tile(q, k, v, keep, m, l, acc, qk_scale, True)
     o, lse = finish(m, l, acc)
     o_ptrs = o_ptr + (rows * stride_ot + head * stride_oh + pid_s * stride_os)[:, None] + offs_d[None, :] * stride_od
-    tl.store(o_ptrs, cast(o, o_ptr.dtype.element_ty), mask=mask_q)
+    tl.store(o_ptrs, cast(o, o_ptr.dtype.element_ty), mask=mask_q & ((pid_s == 0) | (start < end)))
     tl.store(lse_ptr + rows * stride_lt + head * stride_lh + pid_s * stride_ls, lse, mask=mask_m)
 
 
@@ -127,13 +123,15 @@ def ragged_config(dtype: torch.dtype, head_dim: int, group: int, page_size: int,
 
 
 @functools.lru_cache(maxsize=4096)
-def chunk_splits(num_programs: int, num_sms: int, max_kv_len: int) -> int:
-    """Pieces of the keys in a step with chunks of prompts; num_programs: without a split, at least.
+def even_splits(num_programs: int, num_sms: int, max_kv_len: int, head_dim: int, only_decodes: bool) -> int:
+    """Pieces of the keys that a step needs, at least, to fill a GPU. num_programs: with work, if nothing is cut.
 
-    A tile of prefill has an SM for itself, and its rows are merged: it has products enough to pay for that only with
-    SPLIT_KEYS keys a piece or more.
+    Decodes follow the rule of chapter 1. A tile of prefill has an SM for itself, and products enough to pay for the
+    merge of its rows only with SPLIT_KEYS keys a piece or more.
     """
-    return splits.num_splits_heuristic(num_programs, num_sms, math.ceil(max_kv_len / SPLIT_KEYS))
+    if only_decodes:
+        return splits.choose(num_programs, num_sms, max_kv_len, head_dim)
+    return splits.num_splits_heuristic(num_programs, num_sms, triton.cdiv(max_kv_len, SPLIT_KEYS))
 
 
 SPLIT_KEYS = 512
@@ -147,8 +145,8 @@ def ragged_attention(q, k_pages, v_pages, block_table, q_starts, kv_lens, *, num
     bf16 or fp32; D up to 256; any page size. block_table [B, max_pages], q_starts [B + 1] and kv_lens [B] int32 on q's
     device. kv_lens count the chunk, whose keys are in their pages already. The mask is aligned bottom-right: a
     sequence's last query sits on its last key. A query that sees no key gets 0. sm_scale > 0 defaults to D ** -0.5.
-    num_splits: pieces that the keys of every tile are cut into; None leaves it to `chunk_splits`, and of decodes
-    alone to `labkit.splits.choose_ragged`, for sequences that fill the table.
+    num_splits: pieces that the keys of every tile are cut into; None leaves it to `even_splits` for sequences that fill
+    the table, and to `labkit.splits.offered` for some that are longer than the others.
 
     Page ids beyond kv_len are never read. Within it an id must lie in [0, P), and q_starts must rise from 0 to N:
     elsewhere it is an error on the CPU and under LAB_CHECK=1; where values are not looked at, a page that does not
@@ -167,23 +165,25 @@ def ragged_attention(q, k_pages, v_pages, block_table, q_starts, kv_lens, *, num
     num_tokens, group, page_size = len(q), num_q_heads // num_kv_heads, k_pages.shape[1]
     only_decodes, max_kv_len = num_tokens <= batch, max_pages * page_size
     # Exact fp32 products are made without the matrix unit and need many registers: at most 16 heads a tile.
-    most = 16 if q.dtype == torch.float32 else group
-    tiles = next(t for t in range(1, group + 1) if group % t == 0 and group // t <= most)
+    tiles = tiles_per_group(group, 16 if q.dtype == torch.float32 else group)
     group //= tiles
     config = ragged_config(q.dtype, head_dim, group, page_size, only_decodes)
     # No tile count is needed from the device: partial tiles are at most one a sequence.
-    grid = (num_tokens // config["BLOCK_Q"] + batch, num_kv_heads * tiles)
-    num_programs = max(triton.cdiv(num_tokens, config["BLOCK_Q"]), min(batch, num_tokens)) * grid[1]  # at least
-    if num_splits is None and not only_decodes:
-        num_splits = chunk_splits(num_programs, device_properties()["multiprocessor_count"], max_kv_len)
-    num_splits, least_piece = ragged_splits(num_splits, num_programs, max_kv_len, head_dim)
+    num_tiles, num_heads = num_tokens // config["BLOCK_Q"] + batch, num_kv_heads * tiles
+    even = num_splits
+    if num_splits is None:
+        least = max(triton.cdiv(num_tokens, config["BLOCK_Q"]), min(batch, num_tokens))  # tiles that have work
+        num_sms = device_properties()["multiprocessor_count"]
+        even = even_splits(least * num_heads, num_sms, max_kv_len, head_dim, only_decodes)
+        num_splits = splits.offered(even, max_kv_len, 4 * o.numel())
     lse = torch.empty(num_tokens, num_q_heads, dtype=torch.float32, device=q.device)
-    outputs, merge_splits = split_outputs(o, lse, num_splits)
-    _ragged_kernel[(*grid, num_splits)](
+    outputs, merge_splits = split_outputs(o, lse, num_splits, num_splits > even)
+    _ragged_kernel[(num_tiles * num_heads, num_splits)](
         q, *q.stride(), k_pages, *k_pages.stride(), v_pages, *v_pages.stride(), block_table, *block_table.stride(),
         q_starts.contiguous(), kv_lens.contiguous(), *outputs,
-        num_tokens, batch, batch.bit_length(), len(k_pages), max_kv_len, num_splits, least_piece, group,
-        qk_scale(sm_scale, head_dim), PAGE_SIZE=page_size, HEAD_DIM=head_dim, TILES=tiles, **config,
+        num_tokens, batch, batch.bit_length(), len(k_pages), max_kv_len, num_splits, even,
+        num_heads, group, qk_scale(sm_scale, head_dim),
+        PAGE_SIZE=page_size, HEAD_DIM=head_dim, TILES=tiles, LEAST_PIECE=splits.LEAST_PIECE, **config,
     )  # fmt: skip
     merge_splits()
     return o

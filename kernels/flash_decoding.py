@@ -87,15 +87,16 @@ def store_split(
     o_ptr, stride_ob, stride_oh, stride_os, stride_od,  # [B, Hq, S, D] out
     lse_ptr, stride_lb, stride_lh, stride_ls,  # [B, Hq, S] out
     pid_b, pid_h, pid_s, group,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, with_o=True,
 ):  # fmt: skip
-    """Store what one split made of a tile of `group` query heads."""
+    """Store what one split made of a tile of `group` query heads; without o, only its lse."""
     offs_h = tl.arange(0, BLOCK_H)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask_h = offs_h < group
     head = pid_h * group + offs_h
     o_ptrs = o_ptr + pid_b * stride_ob + head[:, None] * stride_oh + pid_s * stride_os + offs_d[None, :] * stride_od
-    tl.store(o_ptrs, cast(o, o_ptr.dtype.element_ty), mask=mask_h[:, None] & (offs_d < HEAD_DIM)[None, :])
+    mask_o = mask_h[:, None] & (offs_d < HEAD_DIM)[None, :] & with_o
+    tl.store(o_ptrs, cast(o, o_ptr.dtype.element_ty), mask=mask_o)
     tl.store(lse_ptr + pid_b * stride_lb + head * stride_lh + pid_s * stride_ls, lse, mask=mask_h)
 
 
@@ -104,9 +105,12 @@ def _merge_head(
     part_o_ptr, stride_ps, stride_pd,  # [S, D] of one head
     part_lse_ptr, stride_ls,  # [S]
     num_splits,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, MANY_EMPTY: tl.constexpr = False,
 ):  # fmt: skip
-    """Merge the splits of one head: o [BLOCK_D], lse. BLOCK_S of them at a time, with an online softmax over splits."""
+    """Merge the splits of one head: o [BLOCK_D], lse. BLOCK_S of them at a time, with an online softmax over splits.
+
+    MANY_EMPTY: what empty splits hold is not read, for which the other loads wait for lse.
+    """
     offs_s = tl.arange(0, BLOCK_S).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     m = tl.full([1], float("-inf"), tl.float32)
@@ -118,6 +122,8 @@ def _merge_head(
         lse = tl.load(part_lse_ptr + (s + offs_s) * stride_ls, mask=mask_s, other=float("-inf"), cache_modifier=".cg")
         part_ptrs = part_o_ptr + (s + offs_s[:, None]) * stride_ps + offs_d[None, :] * stride_pd
         mask_part = mask_s[:, None] & (offs_d[None, :] < HEAD_DIM)
+        if MANY_EMPTY:
+            mask_part = mask_part & (lse > float("-inf"))[:, None]
         part = tl.load(part_ptrs, mask=mask_part, other=0.0, cache_modifier=".cg")  # [BLOCK_S, BLOCK_D]
         part = tl.where((lse > float("-inf"))[:, None], part, 0.0)  # what an empty split holds does not count
         m_new = tl.maximum(m, tl.max(lse, 0))
@@ -163,14 +169,14 @@ def _merge_kernel(
     o_ptr, stride_ob, stride_oh, stride_od,  # [B, Hq, D] out
     lse_ptr, stride_lb, stride_lh,  # [B, Hq] out
     num_splits,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, MANY_EMPTY: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)
-    pid_b = tl.program_id(1).to(tl.int64)
+    pid_b = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
     o, lse = _merge_head(
         part_o_ptr + pid_b * stride_pb + head * stride_ph, stride_ps, stride_pd,
         part_lse_ptr + pid_b * stride_plb + head * stride_plh, stride_pls,
-        num_splits, HEAD_DIM, BLOCK_D, BLOCK_S,
+        num_splits, HEAD_DIM, BLOCK_D, BLOCK_S, MANY_EMPTY,
     )  # fmt: skip
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     o_ptrs = o_ptr + pid_b * stride_ob + head * stride_oh + offs_d * stride_od
@@ -238,10 +244,14 @@ def split_config(dtype: torch.dtype, head_dim: int, group: int) -> dict:
     return dict(BLOCK_D=block_d, BLOCK_H=block_h, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)
 
 
-def tiles_per_group(head_dim: int, group: int) -> int:
-    """Into how many tiles of equally many heads a group is cut: wide heads leave registers for 32 of them."""
-    fits = (t for t in range(1, group + 1) if group % t == 0 and (head_dim <= 128 or group // t <= 32))
-    return next(fits)
+def tiles_per_group(group: int, most: int) -> int:
+    """Into how many tiles of equally many heads a group is cut, so that none has more than `most`."""
+    return next(t for t in range(1, group + 1) if group % t == 0 and group // t <= most)
+
+
+def most_heads(head_dim: int, group: int) -> int:
+    """Heads of a group in one tile: wide heads leave registers for 32 of them."""
+    return 32 if head_dim > 128 else group
 
 
 def merge_config(head_dim: int) -> dict:
@@ -275,24 +285,26 @@ def arrival_counters(like: torch.Tensor, count: int) -> torch.Tensor:
     return counters
 
 
-def split_outputs(o, lse, num_splits):
+def split_outputs(o, lse, num_splits, many_empty=False):
     """Where a split kernel writes, as its arguments, and what to call after it.
 
     A single split writes o [B, Hq, D] and lse [B, Hq] itself; several write partial results, which are then merged.
+    many_empty: most splits of a sequence may be empty; of those only lse is read.
     """
     if num_splits == 1:
         return (o, o.stride(0), o.stride(1), 0, o.stride(2), lse, *lse.stride(), 0), lambda: None
     batch, num_q_heads, head_dim = o.shape
     part_o = torch.empty(batch, num_q_heads, num_splits, head_dim, dtype=torch.float32, device=o.device)
     part_lse = torch.empty(batch, num_q_heads, num_splits, dtype=torch.float32, device=o.device)
-    return (part_o, *part_o.stride(), part_lse, *part_lse.stride()), lambda: _launch_merge(part_o, part_lse, o, lse)
+    outputs = (part_o, *part_o.stride(), part_lse, *part_lse.stride())
+    return outputs, lambda: _launch_merge(part_o, part_lse, o, lse, many_empty)
 
 
-def _launch_merge(part_o, part_lse, o, lse) -> None:
+def _launch_merge(part_o, part_lse, o, lse, many_empty=False) -> None:
     batch, num_q_heads, num_splits, head_dim = part_o.shape
-    _merge_kernel[(num_q_heads, batch)](
+    _merge_kernel[(batch, num_q_heads)](
         part_o, *part_o.stride(), part_lse, *part_lse.stride(), o, *o.stride(), lse, *lse.stride(), num_splits,
-        HEAD_DIM=head_dim, **merge_config(head_dim),
+        HEAD_DIM=head_dim, MANY_EMPTY=many_empty, **merge_config(head_dim),
     )  # fmt: skip
 
 
@@ -328,7 +340,7 @@ def flash_decoding(q, k, v, kv_lens, *, num_splits=None, sm_scale=None, one_laun
         return o, lse
     num_splits = splits_or_default(num_splits, batch * num_kv_heads, max_kv_len, head_dim)
     group = num_q_heads // num_kv_heads
-    tiles = tiles_per_group(head_dim, group)
+    tiles = tiles_per_group(group, most_heads(head_dim, group))
     group //= tiles
     config = split_config(q.dtype, head_dim, group) | {"TILES": tiles}
     inputs = (q, *q.stride(), k, *k.stride(), v, *v.stride(), kv_lens.contiguous())

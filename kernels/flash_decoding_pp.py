@@ -264,7 +264,7 @@ def unified_decoding(
     low, high = args.EXP_LIMITS[torch.float16]
     p_fp32 = q.dtype == torch.float16 and not synchronised and (bound_a < low or bound_b > high)
     group = num_q_heads // num_kv_heads
-    tiles = tiles_per_group(args.MAX_HEAD_DIM, group)  # at most 32 heads, however wide
+    tiles = tiles_per_group(group, 32)
     group //= tiles
     config = unified_config(torch.float32 if p_fp32 else q.dtype, head_dim, group) | {"TILES": tiles}
     options = dict(HEAD_DIM=head_dim, P_FP32=p_fp32, SYNCHRONISED=synchronised, ONE_SPLIT=num_splits == 1)

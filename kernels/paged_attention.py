@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._tile import attend_tile, block_dim, device_properties, finish, qk_scale
+from kernels._tile import attend_tile, block_dim, finish, qk_scale, splits_or_default
 from kernels.flash_decoding import (  # flash_decoding: timed beside paged_decoding, under this topic's name
     flash_decoding,  # noqa: F401
     split_config,
@@ -33,8 +33,16 @@ def pages_of_tile(table_ptr, stride_tp, first, end, PAGE_SIZE: tl.constexpr, BLO
     return tl.load(table_ptr + (key // PAGE_SIZE).to(tl.int64) * stride_tp, mask=key < end, other=-1)
 
 
+@triton.jit
+def length_of_pieces(kv_len, num_splits, even, LEAST_PIECE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keys of a piece, in whole tiles: as many pieces as hold LEAST_PIECE keys, at least `even`, at most num_splits."""
+    tiles = tl.cdiv(kv_len, BLOCK_N)
+    most = tl.maximum(tl.cdiv(tiles, num_splits) * BLOCK_N, LEAST_PIECE)
+    return tl.minimum(tl.cdiv(tiles, even) * BLOCK_N, most)
+
+
 # What changes while an engine runs must not make Triton compile anew.
-@triton.jit(do_not_specialize=["stride_tb", "stride_lb", "stride_lh", "num_splits", "least_piece"])
+@triton.jit(do_not_specialize=["stride_tb", "stride_lb", "stride_lh", "max_kv_len", "num_splits", "even"])
 def _paged_split_kernel(
     q_ptr, stride_qb, stride_qh, stride_qd,  # [B, Hq, D]
     k_ptr, stride_kp, stride_kn, stride_kh, stride_kd,  # [P, page_size, Hkv, D]
@@ -43,8 +51,8 @@ def _paged_split_kernel(
     kv_lens_ptr,  # [B]
     o_ptr, stride_ob, stride_oh, stride_os, stride_od,  # [B, Hq, S, D] out
     lse_ptr, stride_lb, stride_lh, stride_ls,  # [B, Hq, S] out
-    num_pages, max_kv_len, num_splits, least_piece, group, qk_scale,
-    PAGE_SIZE: tl.constexpr, READ_AHEAD: tl.constexpr,
+    num_pages, max_kv_len, num_splits, even, group, qk_scale,
+    PAGE_SIZE: tl.constexpr, READ_AHEAD: tl.constexpr, LEAST_PIECE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     pid_s = tl.program_id(0)
@@ -59,9 +67,9 @@ def _paged_split_kernel(
     q_ptrs = q_ptr + pid_b * stride_qb + head[:, None] * stride_qh + offs_d[None, :] * stride_qd
     q = tl.load(q_ptrs, mask=mask_h[:, None] & mask_d[None, :], other=0.0)
 
-    # Each sequence is cut by its own length: whole tiles, late splits may be empty.
+    # Each sequence is cut by its own length; late splits may be empty. Of those the merge reads nothing but lse.
     kv_len = tl.minimum(tl.maximum(tl.load(kv_lens_ptr + pid_b), 0), max_kv_len)
-    split_len = tl.maximum(tl.cdiv(tl.cdiv(kv_len, BLOCK_N), num_splits) * BLOCK_N, least_piece)
+    split_len = length_of_pieces(kv_len, num_splits, even, LEAST_PIECE, BLOCK_N)
     start = tl.minimum(pid_s * split_len, kv_len)
     end = tl.minimum(start + split_len, kv_len)
 
@@ -89,7 +97,7 @@ def _paged_split_kernel(
 
     store_split(
         o, lse, o_ptr, stride_ob, stride_oh, stride_os, stride_od, lse_ptr, stride_lb, stride_lh, stride_ls,
-        pid_b, pid_h, pid_s, group, HEAD_DIM, BLOCK_D, BLOCK_H,
+        pid_b, pid_h, pid_s, group, HEAD_DIM, BLOCK_D, BLOCK_H, (pid_s == 0) | (start < end),
     )  # fmt: skip
 
 
@@ -119,14 +127,6 @@ def _write_kv_kernel(
     tl.store(v_ptrs, v, mask=mask)
 
 
-def ragged_splits(num_splits: int | None, num_tiles: int, max_kv_len: int, head_dim: int) -> tuple[int, int]:
-    """(num_splits, 0), or where it is None what the rule for ragged batches chooses on the current device."""
-    if num_splits is None:
-        num_sms = device_properties()["multiprocessor_count"]
-        return splits.choose_ragged(num_tiles, num_sms, max_kv_len, head_dim)
-    return num_splits, 0
-
-
 def paged_decoding(
     q, k_pages, v_pages, block_table, kv_lens, *, num_splits=None, sm_scale=None, read_ahead=True
 ):  # fmt: skip
@@ -134,8 +134,9 @@ def paged_decoding(
 
     q [B, Hq, D]; k_pages, v_pages [P, page_size, Hkv, D], Hq a multiple of Hkv, any strides; fp16, bf16 or fp32; D up
     to 256; any page size. block_table [B, max_pages] int32: page of each page_size tokens of a sequence. kv_lens [B]
-    int32 on q's device. sm_scale > 0 defaults to D ** -0.5; num_splits None leaves it to `labkit.splits.choose_ragged`,
-    for sequences that fill the table. read_ahead=False reads a page's id right before the page, for comparison.
+    int32 on q's device. sm_scale > 0 defaults to D ** -0.5; num_splits None leaves it to `labkit.splits`: `choose` for
+    sequences that fill the table, and `offered` for some that are longer than the others. read_ahead=False reads a
+    page's id right before the page, for comparison.
 
     Page ids beyond kv_len are never read. Within it an id must lie in [0, P): elsewhere it is an error on the CPU and
     under LAB_CHECK=1; where values are not looked at, the tokens of such a page are as if they were absent, and kv_lens
@@ -153,17 +154,19 @@ def paged_decoding(
     if batch == 0:
         return o, lse
     max_kv_len = max_pages * page_size
-    num_splits, least_piece = ragged_splits(num_splits, batch * num_kv_heads, max_kv_len, head_dim)
+    even = splits_or_default(num_splits, batch * num_kv_heads, max_kv_len, head_dim)
+    if num_splits is None:
+        num_splits = splits.offered(even, max_kv_len, 4 * o.numel())
     group = num_q_heads // num_kv_heads
-    # Exact fp32 products are made without the matrix unit and need many registers: at most 32 wide heads a tile.
-    tiles = tiles_per_group(args.MAX_HEAD_DIM, group) if q.dtype == torch.float32 and head_dim > 64 else 1
+    # Exact fp32 products are made without the matrix unit and need many registers: at most 16 heads a tile.
+    tiles = tiles_per_group(group, 16 if q.dtype == torch.float32 else group)
     group //= tiles
-    outputs, merge_splits = split_outputs(o, lse, num_splits)
+    outputs, merge_splits = split_outputs(o, lse, num_splits, num_splits > even)
     _paged_split_kernel[(num_splits, num_kv_heads * tiles, batch)](
         q, *q.stride(), k_pages, *k_pages.stride(), v_pages, *v_pages.stride(), block_table, *block_table.stride(),
         kv_lens.contiguous(), *outputs,
-        num_pages, max_kv_len, num_splits, least_piece, group, qk_scale(sm_scale, head_dim),
-        PAGE_SIZE=page_size, READ_AHEAD=read_ahead, HEAD_DIM=head_dim, TILES=tiles,
+        num_pages, max_kv_len, num_splits, even, group, qk_scale(sm_scale, head_dim),
+        PAGE_SIZE=page_size, READ_AHEAD=read_ahead, LEAST_PIECE=splits.LEAST_PIECE, HEAD_DIM=head_dim, TILES=tiles,
         **split_config(q.dtype, head_dim, group),
     )  # fmt: skip
     merge_splits()

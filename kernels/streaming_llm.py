@@ -12,6 +12,7 @@ import triton.language as tl
 from kernels._tile import block_dim, cast, device_properties, dot, finish, qk_scale, softmax_step, splits_or_default
 from kernels.flash_decoding import (  # flash_decoding: timed beside sink_decoding, under this topic's name
     flash_decoding,  # noqa: F401
+    most_heads,
     split_config,
     split_outputs,
     store_split,
@@ -163,7 +164,7 @@ def sink_decoding(
         return o, lse
     num_splits = splits_or_default(num_splits, batch * num_kv_heads, num_sinks + window, head_dim)
     group = num_q_heads // num_kv_heads
-    tiles = tiles_per_group(head_dim, group)
+    tiles = tiles_per_group(group, most_heads(head_dim, group))
     group //= tiles
     outputs, merge_splits = split_outputs(o, lse, num_splits)
     _sink_split_kernel[(num_splits, num_kv_heads * tiles, batch)](

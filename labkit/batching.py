@@ -220,8 +220,9 @@ def step_case(name, chunks, *, section, tiny=False, num_q_heads=32, num_kv_heads
         }
 
     elements = 2 * head_dim * (sum(n for _, n in chunks) * num_kv_heads + num_tokens * num_q_heads)  # k, v, q, o
-    scores = 4 * len(chunks) * num_q_heads * max(q for q, _ in chunks) * max(n for _, n in chunks)
-    too_large = {"padded SDPA": f"its scores take {scores / 1e9:.0f} GB in fp32"} if scores > 20e9 else {}
+    rows = len(chunks) * max(n for _, n in chunks) * num_q_heads  # of padded keys, repeated for every query head
+    padded = 4 * rows * (3 * head_dim + max(q for q, _ in chunks)) / 1e9  # K, K scaled, V and scores, if in fp32
+    too_large = {"padded SDPA": f"padded keys and scores take up to {padded:.0f} GB"} if padded > 20 else {}
     pairs = sum(q * n - q * (q - 1) // 2 for q, n in chunks)  # what the mask keeps
     return bench.Case(
         name, "ragged_attention", make, bytes=2 * elements + 4 * len(order), section=section, peers=PEERS,
@@ -249,6 +250,7 @@ def cases(tiny=False) -> list[bench.Case]:
         "chunk of 64 after 32704": [(64, 32768)],
         "32 decodes, one of 32768": 31 * decode + [(1, 32768)],
         "32 decodes, one of 32768 + chunk of 256": [*31 * decode, (1, 32768), (256, 1024)],
+        "8 decodes, one of 32768 + prompt of 2048": [*7 * decode, (1, 32768), (2048, 2048)],
     }
     sections = {MIXED: mixed, PLAIN: plain, LONG: long}
     result = [step_case(*one, section=name, tiny=tiny) for name, steps in sections.items() for one in steps.items()]

@@ -149,7 +149,11 @@ def varlen(q, k_pages, v_pages, block_table, kv_lens, q_starts=None, k_starts=No
     if q_starts is None:
         q_starts = torch.arange(len(lens) + 1, dtype=torch.int32, device=q.device)
     longest = int(q_starts.diff().max()), max(lens)
-    options = {"window_size": (-1, 0)} | ({"enable_gqa": True} if "enable_gqa" in known else {})
+    # One query sees all keys either way. Asked for a mask, FlashAttention would neither pack the heads of a group into
+    # a tile nor split the keys.
+    options = {"window_size": (-1, -1) if longest[0] == 1 else (-1, 0)}
+    if "enable_gqa" in known:
+        options["enable_gqa"] = True
     if k_starts is None:
         if "block_table" not in known:
             raise ValueError(f"varlen_attn of torch {torch.__version__} takes no block table")

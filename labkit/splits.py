@@ -41,20 +41,19 @@ def choose(num_tiles: int, num_sms: int, max_kv_len: int, head_dim: int) -> int:
     return num_splits_heuristic(num_tiles, 2 * num_sms, math.ceil(max_kv_len / key_block(head_dim)))
 
 
-LONGEST_WALK, LEAST_PIECE, MOST_PIECES = 4096, 1024, 8
+LONGEST_WALK, LEAST_PIECE, MOST_PIECES, SCRATCH = 4096, 1024, 8, 32 * 2**20
 
 
-def choose_ragged(num_tiles: int, num_sms: int, max_kv_len: int, head_dim: int) -> tuple[int, int]:
-    """`choose` for sequences of different lengths, as (pieces, least number of keys in a piece).
+def offered(even: int, max_kv_len: int, piece_bytes: int) -> int:
+    """Pieces to offer where sequences differ in length and each is cut into `even` pieces at least.
 
     A batch that fills the GPU is not cut by `choose`, and its longest sequence may be at work when all others are done.
-    The lengths are on the GPU, where no rule on the host sees them; but pieces can have a least length. So up to
-    MOST_PIECES are offered, such that no program walks more than LONGEST_WALK keys, and a sequence takes as many as
-    hold LEAST_PIECE keys each.
+    The lengths are on the GPU, where no rule on the host sees them. But the host can offer more pieces, and a sequence
+    take as many of them as hold LEAST_PIECE keys each: so many that no program walks more than LONGEST_WALK keys, or
+    else MOST_PIECES. Partial results of all pieces, piece_bytes each, stay below SCRATCH: in the L2 cache.
     """
-    pieces = min(MOST_PIECES, math.ceil(max_kv_len / LONGEST_WALK))
-    num_splits = choose(num_tiles, num_sms, max_kv_len, head_dim)
-    return (num_splits, 0) if num_splits >= pieces else (pieces, LEAST_PIECE)
+    pieces = min(MOST_PIECES, math.ceil(max_kv_len / LONGEST_WALK), SCRATCH // max(1, piece_bytes))
+    return max(even, pieces)
 
 
 def bounds(kv_len: int, num_splits: int, block: int) -> list[tuple[int, int]]:

@@ -1,6 +1,7 @@
 import itertools
 import random
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import kernels
 import kernels.batching as ops
 from labkit import batching as ref
 from labkit import batching_study as study
-from labkit import trace
+from labkit import splits, trace
 from labkit.attention import attention
 from labkit.batching import TOY, Request, Scheduler, simulate
 from labkit.check import BF16, F16, F32, assert_matches
@@ -525,46 +526,63 @@ def test_ragged(case, device, monkeypatch):
 
 def test_splits_follow_the_work():
     """A short chunk is spread over one program an SM; pieces keep enough keys; a full step is not cut."""
-    assert ops.chunk_splits(16, 132, 32768) == 7  # 112 programs for 132 SMs
-    assert ops.chunk_splits(16, 132, 500) == 1
-    assert ops.chunk_splits(8 * 33, 132, 32768) == 1
+    assert ops.even_splits(16, 132, 32768, 128, only_decodes=False) == 7  # 112 programs for 132 SMs
+    assert ops.even_splits(16, 132, 500, 128, only_decodes=False) == 1
+    assert ops.even_splits(8 * 33, 132, 32768, 128, only_decodes=False) == 1
+    assert ops.even_splits(8, 132, 32768, 128, only_decodes=True) == splits.choose(8, 132, 32768, 128) > 8
 
 
 @pytest.mark.parametrize(
-    "chunks, tiles", [([(1, 600)], 1), ([(1, 600)] * 3, 3), ([(1, 600), (0, 9), (0, 9)], 1), ([(32, 1100)], 1)]
+    "chunks, tiles", [([(1, 600)], 1), ([(1, 600)] * 3, 3), ([(1, 600), (0, 9), (0, 9)], 1), ([(32, 600)], 1)]
 )
 def test_a_step_is_cut_by_the_tiles_that_have_work(chunks, tiles, device, monkeypatch):
-    """For the rules only those count, not the ones that the grid holds ready. Chunks have a rule of their own."""
-    asked, ragged, chunk = [], ops.ragged_splits, ops.chunk_splits
-    monkeypatch.setattr(ops, "ragged_splits", lambda *sizes: asked.append(sizes) or ragged(*sizes))
-    monkeypatch.setattr(ops, "chunk_splits", lambda *sizes: asked.append(sizes) or chunk(*sizes))
+    """For the rule only those count, not the ones that the grid holds ready."""
+    asked, rule = [], ops.even_splits
+    monkeypatch.setattr(ops, "even_splits", lambda *sizes: asked.append(sizes) or rule(*sizes))
     ops.ragged_attention(*ref.RaggedCase("", chunks, dtype=F16).tensors(device))
-    if len(chunks) == 1 and chunks[0][0] > 1:
-        (programs, _, max_kv_len), (given, *_) = asked
-        assert (programs, max_kv_len, given) == (2 * tiles, 1104, 3)
-    else:
-        assert asked == [(None, 2 * tiles, 608, 64)]
+    ((programs, _, *rest),) = asked
+    assert (programs, *rest) == (2 * tiles, 608, 64, chunks != [(32, 600)])
 
 
 PIECES = ref.RaggedCase("", [(1, 500), (1, 128), (1, 129), (0, 7), (1, 1), (1, 700)], dtype=BF16)
 
 
-def test_pieces_have_a_least_length(device, monkeypatch):
-    monkeypatch.setattr(ops, "ragged_splits", lambda *_: (4, 128))
-    tensors = PIECES.tensors(device)
+@pytest.fixture(params=[1, 2], ids=["whole", "halves"])
+def four_pieces(request, monkeypatch):
+    """Up to four pieces are offered, of 128 keys or more; each sequence is cut into `even` at least."""
+    monkeypatch.setattr(ops, "even_splits", lambda *_: request.param)
+    monkeypatch.setattr(splits, "offered", lambda *_: 4)
+    monkeypatch.setattr(splits, "LEAST_PIECE", 128)
+    return request.param
+
+
+@pytest.mark.parametrize("chunk", [(0, 7), (70, 150)], ids=["decodes", "with a chunk"])
+def test_pieces_have_a_least_length(chunk, device, four_pieces, monkeypatch):
+    nan_in_fresh_memory(monkeypatch)
+    tensors = replace(PIECES, chunks=[*PIECES.chunks, chunk]).tensors(device)
     assert_matches(ops.ragged_attention(*tensors), ref.ragged_attention, *tensors)
 
 
 @pytest.mark.skipif(not kernels.INTERPRETED, reason="watched in the interpreter of this process")
-def test_only_long_sequences_are_cut(monkeypatch):
+def test_only_long_sequences_are_cut_further(four_pieces):
     """Which pieces have work, by the keys that programs walked: 64 a turn."""
-    monkeypatch.setattr(ops, "ragged_splits", lambda *_: (4, 128))
     names = ("q", "k_pages", "v_pages", "block_table", "q_starts", "kv_lens")
     arguments = dict(zip(names, PIECES.tensors()))
     _, walk = trace.watch("kernels.batching", "attend_tile", "ragged_attention", arguments)
-    turns = Counter(step.program[::2] for step in walk if step.program[1] == 0)  # (tile, piece), of the first KV head
-    by_tile = {tile: [turns[tile, piece] for piece in range(4)] for tile in sorted({tile for tile, _ in turns})}
-    assert list(by_tile.values()) == [[3, 3, 3, 2], [1, 0, 0, 0], [2, 1, 0, 0], [2, 0, 0, 0], [2, 2, 2, 2]]
+    turns = Counter((step.program[0] // 2, step.program[1]) for step in walk if step.program[0] % 2)  # of a KV head
+    by_tile = [[turns[tile, piece] for piece in range(4)] for tile in sorted({tile for tile, _ in turns}, reverse=True)]
+    second = {1: [2, 0, 0, 0], 2: [1, 1, 0, 0]}[four_pieces]
+    assert by_tile == [[2, 2, 2, 2], second, [2, 1, 0, 0], [1, 0, 0, 0], [3, 3, 3, 2]]
+
+
+@pytest.mark.skipif(not kernels.INTERPRETED, reason="watched in the interpreter of this process")
+def test_long_tiles_start_first():
+    """The first programs have the last tile of the chunk, one for each of two KV heads; the decode comes at the end."""
+    names = ("q", "k_pages", "v_pages", "block_table", "q_starts", "kv_lens")
+    arguments = dict(zip(names, ref.RaggedCase("", [(1, 40), (200, 200)], dtype=BF16).tensors()))
+    _, walk = trace.watch("kernels.batching", "attend_tile", "ragged_attention", arguments)
+    turns = Counter(step.program for step in walk)
+    assert [turns[number, 0, 0] for number in range(10)] == [4, 4, 3, 3, 2, 2, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("num_splits", [0, -1, 1.5, "2"])
@@ -609,7 +627,7 @@ def test_what_lies_in_other_pages_does_not_matter(device):
 
 def varlen_of_torch(q, k, v, q_starts, k_starts, max_q, max_k, *, window_size, enable_gqa=False):
     """What torch's varlen_attn computes, causal and bottom-right, one sequence after the other."""
-    assert window_size == (-1, 0)
+    assert window_size == ((-1, -1) if max_q == 1 else (-1, 0))  # one query of each: no mask, or it gets slow
     spans = [list(itertools.pairwise(starts.tolist())) for starts in (q_starts, k_starts)]
     assert [max(end - start for start, end in span) for span in spans] == [max_q, max_k]
     parts = [attention(q[None, a:b], k[None, c:d], v[None, c:d])[0] for (a, b), (c, d) in zip(*spans)]
@@ -623,9 +641,10 @@ def test_packed_keys_for_torchs_varlen(knows_gqa, monkeypatch):
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_of_torch if knows_gqa else older)
     names = ("q", "k_pages", "v_pages", "block_table", "q_starts", "kv_lens")
-    tensors = ref.RaggedCase("", [(5, 9), (1, 40), (0, 3), (17, 17)], dtype=F32).tensors()
-    prepare = ref.PEERS["torch varlen, packed"]
-    assert_matches(prepare(**dict(zip(names, tensors)))(), ref.ragged_attention, *tensors)
+    for chunks in ([(5, 9), (1, 40), (0, 3), (17, 17)], [(1, 9), (1, 40), (0, 3)]):
+        tensors = ref.RaggedCase("", chunks, dtype=F32).tensors()
+        prepare = ref.PEERS["torch varlen, packed"]
+        assert_matches(prepare(**dict(zip(names, tensors)))(), ref.ragged_attention, *tensors)
     if not knows_gqa:
         with pytest.raises(ValueError, match=r"^varlen_attn of torch .* takes no block table"):
             ref.PEERS["torch varlen"](**dict(zip(names, tensors)))
@@ -756,17 +775,21 @@ PLANTED_BUGS = [
     ("kernels/batching.py", "pid_h // TILES * stride_kh", "pid_h * stride_kh"),
     ("kernels/batching.py", "head = pid_h * group + offs_m % GROUP", "head = pid_h * GROUP + offs_m % GROUP"),
     ("kernels/batching.py", "rows = (q_start + query)", "rows = query"),
-    ("kernels/batching.py", "tl.cdiv(tl.cdiv(end, BLOCK_N), num_splits) * BLOCK_N", "tl.cdiv(end, BLOCK_N) // num_splits * BLOCK_N"),
+    ("kernels/batching.py", "length_of_pieces(end, num_splits, even, LEAST_PIECE, BLOCK_N)", "tl.cdiv(end, num_splits) // BLOCK_N * BLOCK_N"),
+    ("kernels/batching.py", "length_of_pieces(end, num_splits, even, LEAST_PIECE, BLOCK_N)", "length_of_pieces(end, num_splits, 1, LEAST_PIECE, BLOCK_N)"),
+    ("kernels/batching.py", "length_of_pieces(end, num_splits, even, LEAST_PIECE, BLOCK_N)", "length_of_pieces(end, num_splits, even, 0, BLOCK_N)"),
+    ("kernels/batching.py", "(pid_s == 0) | (start < end)", "start < end"),
+    ("kernels/batching.py", "number = tl.num_programs(0) - 1 - tl.program_id(0)", "number = tl.program_id(0)"),
+    ("kernels/batching.py", "[(num_tiles * num_heads, num_splits)]", "[(num_tiles * num_heads - 1, num_splits)]"),
     ("kernels/batching.py", "end = tl.minimum(start + split_len, end)", "end = start + split_len"),
     ("kernels/batching.py", "head * stride_oh + pid_s * stride_os", "head * stride_oh"),
     ("kernels/batching.py", "lse, mask=mask_m)", "lse)"),
     ("kernels/batching.py", "range(start, end, BLOCK_N)", "range(0, end, BLOCK_N)"),
     ("kernels/batching.py", "stride_tp, start, end, PAGE_SIZE", "stride_tp, 0, end, PAGE_SIZE"),
-    ("kernels/batching.py", "min(batch, num_tokens)) * grid[1]", "batch) * grid[1]"),
-    ("kernels/batching.py", "if num_splits is None and not only_decodes:", "if num_splits is None:"),
-    ("kernels/batching.py", "num_splits) * BLOCK_N, least_piece)", "num_splits) * BLOCK_N, least_piece // 2)"),
-    ("kernels/batching.py", "math.ceil(max_kv_len / SPLIT_KEYS)", "max_kv_len // SPLIT_KEYS"),
+    ("kernels/batching.py", "min(batch, num_tokens))  # tiles", "batch)  # tiles"),
+    ("kernels/batching.py", "    if only_decodes:\n        return", "    if False:\n        return"),
+    ("kernels/batching.py", "triton.cdiv(max_kv_len, SPLIT_KEYS)", "max_kv_len // SPLIT_KEYS + 9"),
     ("kernels/batching.py", "(key % PAGE_SIZE).to(tl.int64)", "(offs_n % PAGE_SIZE).to(tl.int64)"),
-    ("kernels/batching.py", "// config[\"BLOCK_Q\"] + batch, num_kv_heads * tiles)", "// config[\"BLOCK_Q\"] + 1, num_kv_heads * tiles)"),
+    ("kernels/batching.py", "// config[\"BLOCK_Q\"] + batch, num_kv_heads * tiles", "// config[\"BLOCK_Q\"] + 1, num_kv_heads * tiles"),
     ("labkit/args.py", "starts == sorted(starts) and", ""),
 ]

@@ -507,12 +507,12 @@ def test_only_what_is_missing_is_recorded(topic, monkeypatch, tmp_path, capsys):
     rows = [row for row in record.load(path) if row.case != "case 0"]
     record.save([replace(row, source_hash="old") if row.case == "case 2" and row.source_hash else row for row in rows], path)
     monkeypatch.setattr(bench, "this_gpu", lambda: machine(1.0, date="day 2"))
-    assert program.main(["record", "doubling", "--missing"]) == 0
+    assert program.record_topics(["doubling"], missing=True) == 0
     assert ahead == [[("doubling", 0), ("doubling", 1), ("doubling", 2)], [("doubling", 0), ("doubling", 2)]]
     dates = {row.case: row.date for row in record.load(path)}
     assert [dates[f"case {i}"] for i in range(3)] == ["day 2", "day 1", "day 2"]
     assert "2 of 2 cases measured" in capsys.readouterr().out
-    assert program.main(["record", "doubling", "--missing"]) == 0
+    assert program.record_topics(["doubling"], missing=True) == 0
     assert "0 of 0 cases measured" in capsys.readouterr().out
 
 

@@ -432,33 +432,59 @@ def test_offsets_of_64_bits(name, dim, device):
 PIECES = DecodeCase("", (500, 128, 129, 0, 1, 700), dtype=BF16)
 
 
-def test_pieces_have_a_least_length(device, monkeypatch):
-    monkeypatch.setattr(paged, "ragged_splits", lambda *_: (4, 128))
+@pytest.fixture(params=[1, 2], ids=["whole", "halves"])
+def four_pieces(request, monkeypatch):
+    """Up to four pieces are offered, of 128 keys or more; each sequence is cut into `even` at least."""
+    monkeypatch.setattr(splits, "choose", lambda *_: request.param)
+    monkeypatch.setattr(splits, "offered", lambda *_: 4)
+    monkeypatch.setattr(splits, "LEAST_PIECE", 128)
+    return request.param
+
+
+def test_pieces_have_a_least_length(device, four_pieces, monkeypatch):
     inputs = paged_inputs(PIECES, 16, device)
     nan_in_fresh_memory(monkeypatch)
     assert_matches(paged.paged_decoding(*inputs), ref.paged_decoding, *inputs)
 
 
 @pytest.mark.skipif(not kernels.INTERPRETED, reason="watched in the interpreter of this process")
-def test_only_long_sequences_are_cut(monkeypatch):
+def test_only_long_sequences_are_cut_further(four_pieces):
     """Which pieces have work, by the keys that programs walked: 64 a turn."""
-    monkeypatch.setattr(paged, "ragged_splits", lambda *_: (4, 128))
     names = ("q", "k_pages", "v_pages", "block_table", "kv_lens")
     arguments = dict(zip(names, paged_inputs(PIECES, 16, "cpu")))
     _, walk = trace.watch("kernels.paged_attention", "attend_tile", "paged_decoding", arguments)
     turns = Counter(step.program[::2] for step in walk if step.program[1] == 0)  # (piece, sequence), of a KV head
     found = [[turns[piece, sequence] for piece in range(4)] for sequence in range(6)]
-    assert found == [[2, 2, 2, 2], [2, 0, 0, 0], [2, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0], [3, 3, 3, 2]]
+    second = {1: [2, 0, 0, 0], 2: [1, 1, 0, 0]}[four_pieces]
+    assert found == [[2, 2, 2, 2], second, [2, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0], [3, 3, 3, 2]]
 
 
-def test_rule_for_ragged_batches():
-    """Cut as other decodes while that is enough; a batch that fills the GPU in pieces, by the longest sequence."""
-    for batch, kv_len in ((1, 1024), (1, 32768), (8, 8192), (16, 8192)):
-        assert splits.choose_ragged(8 * batch, 132, kv_len, 128) == (splits.choose(8 * batch, 132, kv_len, 128), 0)
-    assert splits.choose(8 * 64, 132, 16384, 128) == 1
-    found = {kv_len: splits.choose_ragged(8 * 64, 132, kv_len, 128) for kv_len in (0, 1, 4096, 4097, 16384, 10**6)}
-    assert found == {0: (1, 0), 1: (1, 0), 4096: (1, 0), 4097: (2, 1024), 16384: (4, 1024), 10**6: (8, 1024)}
-    assert splits.choose_ragged(8 * 16, 132, 65536, 128) == (8, 1024)  # two pieces would fill the GPU, too long ones
+def test_what_empty_pieces_cost(four_pieces, device, monkeypatch):
+    """They leave o as it was, and the merge does not look at it: NaN there stays NaN, and does no harm."""
+    kept, empty = [], torch.empty
+
+    def watched(*shape, **options):
+        kept.append(empty(*shape, **options).fill_(float("nan")))
+        return kept[-1]
+
+    monkeypatch.setattr(torch, "empty", watched)
+    inputs = paged_inputs(PIECES, 16, device)
+    got = paged.paged_decoding(*inputs)
+    monkeypatch.undo()
+    assert_matches(got, ref.paged_decoding, *inputs)
+    (part_o,) = (x for x in kept if x.shape == (6, 4, 4, 64))
+    (part_lse,) = (x for x in kept if x.shape == (6, 4, 4))
+    assert part_o[:, :, 1:].isnan().all(-1).equal(part_lse[:, :, 1:] == float("-inf"))
+    assert not part_o[:, :, 0].isnan().any()
+
+
+def test_pieces_that_are_offered():
+    """By the longest sequence that the table holds; never fewer than each is cut into; all of them in the L2 cache."""
+    found = {kv_len: splits.offered(1, kv_len, 2**20) for kv_len in (0, 1, 4096, 4097, 16384, 10**6)}
+    assert found == {0: 1, 1: 1, 4096: 1, 4097: 2, 16384: 4, 10**6: 8}
+    assert [splits.offered(even, 16384, 2**20) for even in (1, 3, 4, 5, 29)] == [4, 4, 4, 5, 29]
+    assert [splits.offered(2, 10**6, 2**20 * mb) for mb in (4, 5, 8, 9, 16, 17, 33)] == [8, 6, 4, 3, 2, 2, 2]
+    assert splits.offered(1, 100, 0) == 1
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
@@ -795,9 +821,13 @@ def test_walk_player_shows_the_kernels_run():
 
 # fmt: off
 PLANTED_BUGS = [
-    ("kernels/paged_attention.py", "num_splits) * BLOCK_N, least_piece)", "num_splits) * BLOCK_N, 0)"),
-    ("labkit/splits.py", "if num_splits >= pieces else", "if num_splits > 1 else"),
-    ("labkit/splits.py", "math.ceil(max_kv_len / LONGEST_WALK))", "max_kv_len // LONGEST_WALK)"),
+    ("kernels/paged_attention.py", "num_splits) * BLOCK_N, LEAST_PIECE)", "num_splits) * BLOCK_N, 0)"),
+    ("kernels/paged_attention.py", "tl.minimum(tl.cdiv(tiles, even) * BLOCK_N, most)", "most"),
+    ("kernels/paged_attention.py", "(pid_s == 0) | (start < end)", "True"),
+    ("kernels/paged_attention.py", "(pid_s == 0) | (start < end)", "start < end"),
+    ("labkit/splits.py", "return max(even, pieces)", "return pieces"),
+    ("labkit/splits.py", "math.ceil(max_kv_len / LONGEST_WALK)", "max_kv_len // LONGEST_WALK"),
+    ("labkit/splits.py", "SCRATCH // max(1, piece_bytes)", "SCRATCH"),
     ("labkit/block_pool.py", "shared = not full and self._refs[sequence.table[-1]] > 1", "shared = False"),
     ("labkit/block_pool.py", "shared = not full and self._refs[sequence.table[-1]] > 1", "shared = not full"),
     ("labkit/block_pool.py", "            self._refs[src] -= 1\n", ""),
