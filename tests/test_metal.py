@@ -99,10 +99,12 @@ def test_the_stages_are_commands_that_exist():
 @pytest.mark.parametrize("name", ["record", "tune"])
 def test_record_and_tune_take_their_time_from_the_stage(name, monkeypatch):
     told = []
-    monkeypatch.setattr(program, "record_topics", lambda names, seconds, skip: told.append(seconds) or 0)
-    monkeypatch.setattr(program, "tune", lambda dry, seconds: told.append(seconds) or 0)
+    record_topics = lambda names, seconds, skip, missing: told.append((seconds, missing)) or 0  # noqa: E731
+    monkeypatch.setattr(program, "record_topics", record_topics)
+    monkeypatch.setattr(program, "tune", lambda dry, seconds, missing: told.append((seconds, missing)) or 0)
     assert program.main([name, "--seconds", "90"]) == 0
-    assert told == [90.0]
+    assert program.main([name, "--missing"]) == 0
+    assert told == [(90.0, False), (program.SECONDS, True)]
 
 
 def test_an_interrupt_ends_the_stage(gpu, monkeypatch):
