@@ -50,7 +50,7 @@ def _ragged_kernel(
     lse_ptr, stride_lt, stride_lh, stride_ls,  # [N, Hq, S] out
     num_tokens, batch, steps, num_pages, max_kv_len, num_splits, even, num_heads, group, qk_scale,
     PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, LEAST_PIECE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     # The last tiles of a chunk see the most keys, and chunks come after decodes: start them first, for all heads.
     number = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -78,7 +78,7 @@ def _ragged_kernel(
     last = tl.minimum(tile * BLOCK_Q + BLOCK_Q, q_len) + kv_len - q_len
     end = tl.maximum(last, 0)  # no query of this tile sees a key from here on
     # Each tile is cut by the keys that it sees; late splits may be empty. Of those the merge reads nothing but lse.
-    split_len = length_of_pieces(end, num_splits, even, LEAST_PIECE, BLOCK_N)
+    split_len = length_of_pieces(end, num_splits, even, PIECE, BLOCK_N)
     start = tl.minimum(pid_s * split_len, end)
     end = tl.minimum(start + split_len, end)
     table_ptr += pid_b.to(tl.int64) * stride_tb
@@ -183,7 +183,7 @@ def ragged_attention(q, k_pages, v_pages, block_table, q_starts, kv_lens, *, num
         q_starts.contiguous(), kv_lens.contiguous(), *outputs,
         num_tokens, batch, batch.bit_length(), len(k_pages), max_kv_len, num_splits, even,
         num_heads, group, qk_scale(sm_scale, head_dim),
-        PAGE_SIZE=page_size, HEAD_DIM=head_dim, TILES=tiles, LEAST_PIECE=splits.LEAST_PIECE, **config,
+        PAGE_SIZE=page_size, HEAD_DIM=head_dim, TILES=tiles, PIECE=splits.PIECE, **config,
     )  # fmt: skip
     merge_splits()
     return o

@@ -34,11 +34,10 @@ def pages_of_tile(table_ptr, stride_tp, first, end, PAGE_SIZE: tl.constexpr, BLO
 
 
 @triton.jit
-def length_of_pieces(kv_len, num_splits, even, LEAST_PIECE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keys of a piece, in whole tiles: as many pieces as hold LEAST_PIECE keys, at least `even`, at most num_splits."""
+def length_of_pieces(kv_len, num_splits, even, PIECE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keys of a piece, in whole tiles: PIECE, but in no fewer pieces than `even` and in no more than num_splits."""
     tiles = tl.cdiv(kv_len, BLOCK_N)
-    most = tl.maximum(tl.cdiv(tiles, num_splits) * BLOCK_N, LEAST_PIECE)
-    return tl.minimum(tl.cdiv(tiles, even) * BLOCK_N, most)
+    return tl.minimum(tl.cdiv(tiles, even) * BLOCK_N, tl.maximum(tl.cdiv(tiles, num_splits) * BLOCK_N, PIECE))
 
 
 # What changes while an engine runs must not make Triton compile anew.
@@ -52,7 +51,7 @@ def _paged_split_kernel(
     o_ptr, stride_ob, stride_oh, stride_os, stride_od,  # [B, Hq, S, D] out
     lse_ptr, stride_lb, stride_lh, stride_ls,  # [B, Hq, S] out
     num_pages, max_kv_len, num_splits, even, group, qk_scale,
-    PAGE_SIZE: tl.constexpr, READ_AHEAD: tl.constexpr, LEAST_PIECE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, READ_AHEAD: tl.constexpr, PIECE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     pid_s = tl.program_id(0)
@@ -69,7 +68,7 @@ def _paged_split_kernel(
 
     # Each sequence is cut by its own length; late splits may be empty. Of those the merge reads nothing but lse.
     kv_len = tl.minimum(tl.maximum(tl.load(kv_lens_ptr + pid_b), 0), max_kv_len)
-    split_len = length_of_pieces(kv_len, num_splits, even, LEAST_PIECE, BLOCK_N)
+    split_len = length_of_pieces(kv_len, num_splits, even, PIECE, BLOCK_N)
     start = tl.minimum(pid_s * split_len, kv_len)
     end = tl.minimum(start + split_len, kv_len)
 
@@ -166,7 +165,7 @@ def paged_decoding(
         q, *q.stride(), k_pages, *k_pages.stride(), v_pages, *v_pages.stride(), block_table, *block_table.stride(),
         kv_lens.contiguous(), *outputs,
         num_pages, max_kv_len, num_splits, even, group, qk_scale(sm_scale, head_dim),
-        PAGE_SIZE=page_size, READ_AHEAD=read_ahead, LEAST_PIECE=splits.LEAST_PIECE, HEAD_DIM=head_dim, TILES=tiles,
+        PAGE_SIZE=page_size, READ_AHEAD=read_ahead, PIECE=splits.PIECE, HEAD_DIM=head_dim, TILES=tiles,
         **split_config(q.dtype, head_dim, group),
     )  # fmt: skip
     merge_splits()

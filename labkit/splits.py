@@ -41,7 +41,7 @@ def choose(num_tiles: int, num_sms: int, max_kv_len: int, head_dim: int) -> int:
     return num_splits_heuristic(num_tiles, 2 * num_sms, math.ceil(max_kv_len / key_block(head_dim)))
 
 
-LONGEST_WALK, LEAST_PIECE, MOST_PIECES, SCRATCH = 4096, 1024, 8, 32 * 2**20
+PIECE, MOST_PIECES, SCRATCH = 4096, 8, 32 * 2**20
 
 
 def offered(even: int, max_kv_len: int, piece_bytes: int) -> int:
@@ -49,10 +49,10 @@ def offered(even: int, max_kv_len: int, piece_bytes: int) -> int:
 
     A batch that fills the GPU is not cut by `choose`, and its longest sequence may be at work when all others are done.
     The lengths are on the GPU, where no rule on the host sees them. But the host can offer more pieces, and a sequence
-    take as many of them as hold LEAST_PIECE keys each: so many that no program walks more than LONGEST_WALK keys, or
-    else MOST_PIECES. Partial results of all pieces, piece_bytes each, stay below SCRATCH: in the L2 cache.
+    take as many of them as it needs: PIECE keys each, or more where MOST_PIECES of those are not enough. Partial
+    results of all pieces, piece_bytes each, stay below SCRATCH: in the L2 cache.
     """
-    pieces = min(MOST_PIECES, math.ceil(max_kv_len / LONGEST_WALK), SCRATCH // max(1, piece_bytes))
+    pieces = min(MOST_PIECES, math.ceil(max_kv_len / PIECE), SCRATCH // max(1, piece_bytes))
     return max(even, pieces)
 
 

@@ -549,10 +549,10 @@ PIECES = ref.RaggedCase("", [(1, 500), (1, 128), (1, 129), (0, 7), (1, 1), (1, 7
 
 @pytest.fixture(params=[1, 2], ids=["whole", "halves"])
 def four_pieces(request, monkeypatch):
-    """Up to four pieces are offered, of 128 keys or more; each sequence is cut into `even` at least."""
+    """Up to four pieces are offered, of 128 keys; each sequence is cut into `even` at least."""
     monkeypatch.setattr(ops, "even_splits", lambda *_: request.param)
     monkeypatch.setattr(splits, "offered", lambda *_: 4)
-    monkeypatch.setattr(splits, "LEAST_PIECE", 128)
+    monkeypatch.setattr(splits, "PIECE", 128)
     return request.param
 
 
@@ -775,9 +775,9 @@ PLANTED_BUGS = [
     ("kernels/batching.py", "pid_h // TILES * stride_kh", "pid_h * stride_kh"),
     ("kernels/batching.py", "head = pid_h * group + offs_m % GROUP", "head = pid_h * GROUP + offs_m % GROUP"),
     ("kernels/batching.py", "rows = (q_start + query)", "rows = query"),
-    ("kernels/batching.py", "length_of_pieces(end, num_splits, even, LEAST_PIECE, BLOCK_N)", "tl.cdiv(end, num_splits) // BLOCK_N * BLOCK_N"),
-    ("kernels/batching.py", "length_of_pieces(end, num_splits, even, LEAST_PIECE, BLOCK_N)", "length_of_pieces(end, num_splits, 1, LEAST_PIECE, BLOCK_N)"),
-    ("kernels/batching.py", "length_of_pieces(end, num_splits, even, LEAST_PIECE, BLOCK_N)", "length_of_pieces(end, num_splits, even, 0, BLOCK_N)"),
+    ("kernels/batching.py", "length_of_pieces(end, num_splits, even, PIECE, BLOCK_N)", "tl.cdiv(end, num_splits) // BLOCK_N * BLOCK_N"),
+    ("kernels/batching.py", "length_of_pieces(end, num_splits, even, PIECE, BLOCK_N)", "length_of_pieces(end, num_splits, 1, PIECE, BLOCK_N)"),
+    ("kernels/batching.py", "length_of_pieces(end, num_splits, even, PIECE, BLOCK_N)", "length_of_pieces(end, num_splits, even, 0, BLOCK_N)"),
     ("kernels/batching.py", "(pid_s == 0) | (start < end)", "start < end"),
     ("kernels/batching.py", "number = tl.num_programs(0) - 1 - tl.program_id(0)", "number = tl.program_id(0)"),
     ("kernels/batching.py", "[(num_tiles * num_heads, num_splits)]", "[(num_tiles * num_heads - 1, num_splits)]"),

@@ -434,10 +434,10 @@ PIECES = DecodeCase("", (500, 128, 129, 0, 1, 700), dtype=BF16)
 
 @pytest.fixture(params=[1, 2], ids=["whole", "halves"])
 def four_pieces(request, monkeypatch):
-    """Up to four pieces are offered, of 128 keys or more; each sequence is cut into `even` at least."""
+    """Up to four pieces are offered, of 128 keys; each sequence is cut into `even` at least."""
     monkeypatch.setattr(splits, "choose", lambda *_: request.param)
     monkeypatch.setattr(splits, "offered", lambda *_: 4)
-    monkeypatch.setattr(splits, "LEAST_PIECE", 128)
+    monkeypatch.setattr(splits, "PIECE", 128)
     return request.param
 
 
@@ -821,12 +821,12 @@ def test_walk_player_shows_the_kernels_run():
 
 # fmt: off
 PLANTED_BUGS = [
-    ("kernels/paged_attention.py", "num_splits) * BLOCK_N, LEAST_PIECE)", "num_splits) * BLOCK_N, 0)"),
-    ("kernels/paged_attention.py", "tl.minimum(tl.cdiv(tiles, even) * BLOCK_N, most)", "most"),
+    ("kernels/paged_attention.py", "num_splits) * BLOCK_N, PIECE)", "num_splits) * BLOCK_N, 0)"),
+    ("kernels/paged_attention.py", "tl.cdiv(tiles, even) * BLOCK_N, tl.max", "tiles * BLOCK_N, tl.max"),
     ("kernels/paged_attention.py", "(pid_s == 0) | (start < end)", "True"),
     ("kernels/paged_attention.py", "(pid_s == 0) | (start < end)", "start < end"),
     ("labkit/splits.py", "return max(even, pieces)", "return pieces"),
-    ("labkit/splits.py", "math.ceil(max_kv_len / LONGEST_WALK)", "max_kv_len // LONGEST_WALK"),
+    ("labkit/splits.py", "math.ceil(max_kv_len / PIECE)", "max_kv_len // PIECE"),
     ("labkit/splits.py", "SCRATCH // max(1, piece_bytes)", "SCRATCH"),
     ("labkit/block_pool.py", "shared = not full and self._refs[sequence.table[-1]] > 1", "shared = False"),
     ("labkit/block_pool.py", "shared = not full and self._refs[sequence.table[-1]] > 1", "shared = not full"),
