@@ -188,7 +188,11 @@ def test_prefill_has_a_heading_of_its_own():
 
 @pytest.fixture
 def tuning(monkeypatch, tmp_path):
-    """`make tune` over two trials on small sizes; returns a function that says which GPU there is."""
+    """`make tune` over two trials on small sizes; returns a function that says which GPU there is, and what was to be
+    compiled ahead: other processes would not know of the small sizes.
+    """
+    ahead = []
+    monkeypatch.setattr(program, "compile_ahead", lambda jobs, seconds: ahead.append(jobs))
     two = tuple(t for t in TRIALS if t.name in ("decode: 32 keys a tile", "flat GEMM: 16 tokens a tile for 8"))
     monkeypatch.setattr(trials, "TRIALS", two)
     monkeypatch.setattr(trials, "compile_trials", lambda: trials.load(trials.FILE))
@@ -205,13 +209,15 @@ def tuning(monkeypatch, tmp_path):
         machine = name and bench.Machine(kernels.DEVICE, record.stamp(name), timer)
         monkeypatch.setattr(bench, "this_gpu", lambda: machine)
         monkeypatch.setattr(bench.timing, "num_copies", lambda size: 1)
+        return ahead
 
     return use
 
 
 def test_tune_on_a_gpu(tuning, tmp_path, capsys):
-    tuning("Test GPU")
+    ahead = tuning("Test GPU")
     assert program.main(["tune"]) == 0
+    assert ahead == [[("trials", 0), ("trials", 1)]]
     rows = record.load(tmp_path / "test-gpu" / "trials.json")
     assert [(row.case, row.provider, row.ran) for row in rows] == [
         ("decode: 32 keys a tile", "flash_decoding", True),
@@ -225,7 +231,7 @@ def test_tune_on_a_gpu(tuning, tmp_path, capsys):
 
 
 def test_tune_what_is_missing(tuning, tmp_path, monkeypatch, capsys):
-    tuning("Test GPU")
+    ahead = tuning("Test GPU")
     path, measured, measure = tmp_path / "test-gpu" / "trials.json", [], trials.measure
     monkeypatch.setattr(trials, "measure", lambda trial, *rest, **how: measured.append(trial.name) or measure(trial, *rest, **how))
     program.main(["tune"])
@@ -233,6 +239,7 @@ def test_tune_what_is_missing(tuning, tmp_path, monkeypatch, capsys):
     record.save([row for row in record.load(path) if (row.case, row.provider) != (second, CHANGED)], path)
     assert program.main(["tune", "--missing"]) == 0
     assert measured == [first, second, second]
+    assert ahead[1:] == [[("trials", 1)]]
     assert len(record.load(path)) == 4
     capsys.readouterr()
     assert program.main(["tune", "--missing"]) == 0
