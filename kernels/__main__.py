@@ -91,14 +91,14 @@ def numbers(topic, gpu, missing) -> list[int]:
 class Recording:
     """One run: the limits first, then the cases, each case saved when it is done, the copy once more at the end.
 
-    begun counts the cases that were begun, or left for the end: a run that lost its GPU goes on behind them.
+    wanted: {topic: numbers of the cases to measure}. begun counts the cases that were begun, or left for the end: a run
+    that lost its GPU goes on behind them.
     """
 
-    def __init__(self, names, machine, seconds, skip=0, missing=False):
+    def __init__(self, wanted, machine, seconds, skip=0):
         self.machine, self.end = machine, time.monotonic() + seconds - RESERVE
         self.begun, self.measured, self.skip = 0, 0, skip
-        self.cases = {topic: bench.topic_cases(topic) for topic in names}
-        self.numbers = {topic: numbers(topic, machine.shared["device"], missing) for topic in names}
+        self.wanted, self.cases = wanted, {topic: bench.topic_cases(topic) for topic in wanted}
         self.folder = record.RESULTS / record.slug(machine.shared["device"])
         self.ceilings = bench.measure_ceilings("", machine)
 
@@ -121,7 +121,7 @@ class Recording:
         """Every section gets its share of the time that is left; what it had to skip is tried again at the end."""
         groups = {}
         for topic, cases in self.cases.items():
-            for case in (cases[i] for i in self.numbers[topic]):
+            for case in (cases[i] for i in self.wanted[topic]):
                 groups.setdefault((topic, case.section), []).append(case)
         left, skipped = sum(map(len, groups.values())), []
         for (topic, _), cases in groups.items():
@@ -171,10 +171,10 @@ def record_topics(names, seconds=SECONDS, skip=0, missing=False) -> int:
     signal.setitimer(signal.ITIMER_REAL, seconds, 5.0)  # again, should one be raised where nobody hears it
     recording, lost = None, False
     try:
+        wanted = {topic: numbers(topic, machine.shared["device"], missing) for topic in names}
         if not skip:
-            jobs = [(topic, i) for topic in names for i in numbers(topic, machine.shared["device"], missing)]
-            compile_ahead(jobs, seconds / 3)
-        recording = Recording(names, machine, end - time.monotonic(), skip, missing)
+            compile_ahead([(topic, i) for topic in names for i in wanted[topic]], seconds / 3)
+        recording = Recording(wanted, machine, end - time.monotonic(), skip)
         recording.run()
     except TimeIsUp:
         print(f"STOPPED after {seconds:.0f} s in the middle of a case; all finished cases are saved.")

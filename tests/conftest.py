@@ -11,11 +11,21 @@ import pytest
 import torch
 
 import kernels
+from labkit import splits
 
 
 @pytest.fixture(scope="session")
 def device() -> str:
     return kernels.DEVICE
+
+
+@pytest.fixture(params=[1, 2], ids=["whole", "halves"])
+def four_pieces(request, monkeypatch) -> int:
+    """Up to four pieces of the keys are offered, of 128 each. The fixture: how many each sequence is cut into at least."""
+    monkeypatch.setattr(splits, "choose", lambda *_: request.param)
+    monkeypatch.setattr(splits, "offered", lambda *_: 4)
+    monkeypatch.setattr(splits, "PIECE", 128)
+    return request.param
 
 
 def pytest_addoption(parser):

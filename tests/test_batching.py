@@ -474,6 +474,7 @@ def test_bad_simulation_is_named():
 # ---- attention over a ragged batch
 
 case = ref.RaggedCase
+NAMES = ("q", "k_pages", "v_pages", "block_table", "q_starts", "kv_lens")
 # Every chunk is (queries, keys): a decode is (1, n), a whole prompt (n, n), a later chunk in between.
 CASES = [
     case("prompts and decodes", [(17, 17), (1, 70), (33, 90), (1, 1)], dtype=BF16),
@@ -547,13 +548,11 @@ def test_a_step_is_cut_by_the_tiles_that_have_work(chunks, tiles, device, monkey
 PIECES = ref.RaggedCase("", [(1, 500), (1, 128), (1, 129), (0, 7), (1, 1), (1, 700)], dtype=BF16)
 
 
-@pytest.fixture(params=[1, 2], ids=["whole", "halves"])
-def four_pieces(request, monkeypatch):
-    """Up to four pieces are offered, of 128 keys; each sequence is cut into `even` at least."""
-    monkeypatch.setattr(ops, "even_splits", lambda *_: request.param)
-    monkeypatch.setattr(splits, "offered", lambda *_: 4)
-    monkeypatch.setattr(splits, "PIECE", 128)
-    return request.param
+@pytest.fixture
+def four_pieces(four_pieces, monkeypatch):
+    """Also where a step has chunks, and not from the rule's memory."""
+    monkeypatch.setattr(ops, "even_splits", lambda *_: four_pieces)
+    return four_pieces
 
 
 @pytest.mark.parametrize("chunk", [(0, 7), (70, 150)], ids=["decodes", "with a chunk"])
@@ -566,8 +565,7 @@ def test_pieces_have_a_least_length(chunk, device, four_pieces, monkeypatch):
 @pytest.mark.skipif(not kernels.INTERPRETED, reason="watched in the interpreter of this process")
 def test_only_long_sequences_are_cut_further(four_pieces):
     """Which pieces have work, by the keys that programs walked: 64 a turn."""
-    names = ("q", "k_pages", "v_pages", "block_table", "q_starts", "kv_lens")
-    arguments = dict(zip(names, PIECES.tensors()))
+    arguments = dict(zip(NAMES, PIECES.tensors()))
     _, walk = trace.watch("kernels.batching", "attend_tile", "ragged_attention", arguments)
     turns = Counter((step.program[0] // 2, step.program[1]) for step in walk if step.program[0] % 2)  # of a KV head
     by_tile = [[turns[tile, piece] for piece in range(4)] for tile in sorted({tile for tile, _ in turns}, reverse=True)]
@@ -578,8 +576,7 @@ def test_only_long_sequences_are_cut_further(four_pieces):
 @pytest.mark.skipif(not kernels.INTERPRETED, reason="watched in the interpreter of this process")
 def test_long_tiles_start_first():
     """The first programs have the last tile of the chunk, one for each of two KV heads; the decode comes at the end."""
-    names = ("q", "k_pages", "v_pages", "block_table", "q_starts", "kv_lens")
-    arguments = dict(zip(names, ref.RaggedCase("", [(1, 40), (200, 200)], dtype=BF16).tensors()))
+    arguments = dict(zip(NAMES, ref.RaggedCase("", [(1, 40), (200, 200)], dtype=BF16).tensors()))
     _, walk = trace.watch("kernels.batching", "attend_tile", "ragged_attention", arguments)
     turns = Counter(step.program for step in walk)
     assert [turns[number, 0, 0] for number in range(10)] == [4, 4, 3, 3, 2, 2, 1, 1, 1, 1]
@@ -596,8 +593,7 @@ def test_bad_number_of_splits_is_named(num_splits, device):
 def test_offsets_of_64_bits(name, dim, device):
     """Pages whose tokens lie far apart, as in [page_size, P, Hkv, D], and a large stride inside the head."""
     tensors = ref.RaggedCase("", [(5, 70), (1, 33)], dtype=F16).tensors(device)
-    names = ("q", "k_pages", "v_pages", "block_table", "q_starts", "kv_lens")
-    spread = [far_apart(x, dim) if n == name else x for n, x in zip(names, tensors)]
+    spread = [far_apart(x, dim) if n == name else x for n, x in zip(NAMES, tensors)]
     assert_matches(ops.ragged_attention(*spread), ref.ragged_attention, *tensors)
 
 
@@ -640,14 +636,13 @@ def test_packed_keys_for_torchs_varlen(knows_gqa, monkeypatch):
         return varlen_of_torch(*inputs, window_size=window_size)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_of_torch if knows_gqa else older)
-    names = ("q", "k_pages", "v_pages", "block_table", "q_starts", "kv_lens")
     for chunks in ([(5, 9), (1, 40), (0, 3), (17, 17)], [(1, 9), (1, 40), (0, 3)]):
         tensors = ref.RaggedCase("", chunks, dtype=F32).tensors()
         prepare = ref.PEERS["torch varlen, packed"]
-        assert_matches(prepare(**dict(zip(names, tensors)))(), ref.ragged_attention, *tensors)
+        assert_matches(prepare(**dict(zip(NAMES, tensors)))(), ref.ragged_attention, *tensors)
     if not knows_gqa:
         with pytest.raises(ValueError, match=r"^varlen_attn of torch .* takes no block table"):
-            ref.PEERS["torch varlen"](**dict(zip(names, tensors)))
+            ref.PEERS["torch varlen"](**dict(zip(NAMES, tensors)))
 
 
 def ints(*values):

@@ -432,15 +432,6 @@ def test_offsets_of_64_bits(name, dim, device):
 PIECES = DecodeCase("", (500, 128, 129, 0, 1, 700), dtype=BF16)
 
 
-@pytest.fixture(params=[1, 2], ids=["whole", "halves"])
-def four_pieces(request, monkeypatch):
-    """Up to four pieces are offered, of 128 keys; each sequence is cut into `even` at least."""
-    monkeypatch.setattr(splits, "choose", lambda *_: request.param)
-    monkeypatch.setattr(splits, "offered", lambda *_: 4)
-    monkeypatch.setattr(splits, "PIECE", 128)
-    return request.param
-
-
 def test_pieces_have_a_least_length(device, four_pieces, monkeypatch):
     inputs = paged_inputs(PIECES, 16, device)
     nan_in_fresh_memory(monkeypatch)
