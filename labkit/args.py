@@ -7,6 +7,7 @@ LAB_CHECK=1 and the kernels clamp or ignore what is out of range.
 
 import math
 import os
+from typing import NoReturn
 
 import torch
 
@@ -15,25 +16,34 @@ REFERENCE_FLOATS = (*FLOATS, torch.float64)  # the references also run in fp64: 
 MAX_HEAD_DIM = 256
 
 
+def refuse(name: str, got, expected: str) -> NoReturn:
+    """Raise ValueError naming the argument, what came and what was expected."""
+    raise ValueError(f"{name}: got {got}, expected {expected}")
+
+
 def expect(ok: bool, name: str, got, expected: str) -> None:
-    """Raise ValueError naming the argument, what came and what was expected, unless ok."""
+    """Refuse unless ok."""
     if not ok:
-        raise ValueError(f"{name}: got {got}, expected {expected}")
+        refuse(name, got, expected)
 
 
 def tensor(name: str, x, shape: tuple, like: torch.Tensor | None = None, dtypes=None, dtype=None) -> None:
     """x is a tensor of this shape (an int is fixed, a string names a free size) with one of these dtypes.
 
-    like: x must be on its device. dtype: exactly this one; dtypes: one of these.
+    like: x must be on its device. dtype: exactly this one; dtypes: one of these. Runs several times a call, so no text
+    is made before there is something to refuse.
     """
-    expect(isinstance(x, torch.Tensor), name, type(x).__name__, "a tensor")
-    fits = x.ndim == len(shape) and all(not isinstance(n, int) or n == m for n, m in zip(shape, x.shape))
-    expect(fits, f"{name} (shape)", tuple(x.shape), "[" + ", ".join(map(str, shape)) + "]")
-    allowed = (dtype,) if dtype is not None else dtypes
-    if allowed is not None:
-        expect(x.dtype in allowed, f"{name} (dtype)", x.dtype, " or ".join(map(str, allowed)))
-    if like is not None:
-        expect(x.device == like.device, f"{name} (device)", x.device, str(like.device))
+    if not isinstance(x, torch.Tensor):
+        refuse(name, type(x).__name__, "a tensor")
+    got = x.shape
+    if len(got) != len(shape) or any(n != m and not isinstance(n, str) for n, m in zip(shape, got)):
+        refuse(f"{name} (shape)", tuple(got), "[" + ", ".join(map(str, shape)) + "]")
+    if dtype is not None and x.dtype != dtype:
+        refuse(f"{name} (dtype)", x.dtype, str(dtype))
+    if dtypes is not None and x.dtype not in dtypes:
+        refuse(f"{name} (dtype)", x.dtype, " or ".join(map(str, dtypes)))
+    if like is not None and x.device != like.device:
+        refuse(f"{name} (device)", x.device, str(like.device))
 
 
 def checks_values(x: torch.Tensor) -> bool:

@@ -58,12 +58,14 @@ def kd_loss(
         student_logits, teacher_logits, labels, temperature, ce_weight, kind, beta, reduction, args.REFERENCE_FLOATS
     )
     z, t = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (student_logits, teacher_logits.detach()))
+    keep = z.new_ones(z.shape[:-1], dtype=torch.bool) if labels is None else labels != IGNORED
+    if labels is not None:  # whatever stands in a row left out: a weight of 0 would not keep its NaN from the gradient
+        z, t = (torch.where(keep.unsqueeze(-1), x, 0.0) for x in (z, t))
     logp, logq = (t / temperature).log_softmax(-1), (z / temperature).log_softmax(-1)
     rows = temperature**2 * divergence(logp, logq, kind, beta)
     if ce_weight:
         hard = F.cross_entropy(z.reshape(-1, vocab), labels.reshape(-1).long(), reduction="none", ignore_index=IGNORED)
         rows = rows + ce_weight * hard.view(rows.shape)
-    keep = torch.ones_like(rows, dtype=torch.bool) if labels is None else labels != IGNORED
     return reduce(torch.where(keep, rows, 0.0), keep, reduction)
 
 

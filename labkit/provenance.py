@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # What a topic declares for the lab's programs. It decides what is measured, and not what a function computes.
 _DECLARATIONS = {"cases", "codegen_cases", "experiments"}
+_CHECKS = "labkit.args"  # of its functions, those that return nothing decide whether there is a result, and never which
 _DROPPED = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER}
 _LAYOUT = {tokenize.NEWLINE: ";", tokenize.INDENT: "{", tokenize.DEDENT: "}"}
 # Python 3.12 splits f- and t-strings into parts; 3.11 has no such tokens, hence the -1.
@@ -96,6 +97,8 @@ def _reach(roots):
         """Follow a dotted name, e.g. `_tile.dot`, as it stands in `module`; return whether it is ours."""
         name, _, rest = dotted.partition(".")
         if name in module.defined:
+            if module.name == _CHECKS and all(_returns_nothing(node) for node in module.defined[name]):
+                return True
             if f"{module.name}:{name}" not in found:
                 for i, node in enumerate(module.defined[name]):
                     found[f"{module.name}:{name}" + "'" * i] = (module.text, node)
@@ -137,6 +140,10 @@ def _reach(roots):
                 f"root {module_name}:{name} is not defined at the top level of a file of the lab"
             )
     return found
+
+
+def _returns_nothing(node):
+    return isinstance(node, ast.FunctionDef) and node.returns and ast.unparse(node.returns) in ("None", "NoReturn")
 
 
 def _used_names(node):

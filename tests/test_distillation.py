@@ -211,6 +211,19 @@ def test_gradient_by_differences(kind):
     assert torch.autograd.gradcheck(loss, z.requires_grad_())
 
 
+@pytest.mark.parametrize("room", [ref, kd])
+@pytest.mark.parametrize("kind", kd.KINDS)
+def test_a_row_left_out_reaches_nothing(kind, room):
+    """A padding row may hold anything; the other rows' loss and gradient are what they are without it."""
+    z, t = logits(4, 9)
+    labels = torch.tensor([3, -100, -100, -100])
+    want = room.kd_loss_and_grad(z[:1], t[:1], labels[:1], kind=kind, ce_weight=0.5)
+    z[1], z[2], t[2], z[3], t[3] = math.nan, -math.inf, -math.inf, math.inf, math.nan
+    loss, grad = room.kd_loss_and_grad(z, t, labels, kind=kind, ce_weight=0.5)
+    torch.testing.assert_close((loss, grad[:1]), want)
+    assert not grad[1:].any(), "0, and not NaN"
+
+
 BAD = {
     "vocabularies differ": (dict(teacher_logits=torch.zeros(2, 6)), "teacher_logits"),
     "rows differ": (dict(teacher_logits=torch.zeros(3, 5)), "teacher_logits"),
@@ -270,4 +283,5 @@ PLANTED_BUGS = [
     ("labkit/distillation.py", "there = logp > -math.inf\n", "there = logp > math.inf\n"),
     ("labkit/distillation.py", "rows.sum() / keep.sum().clamp(min=1)", "rows.mean()"),
     ("labkit/distillation.py", "teacher_logits.detach()", "teacher_logits"),
+    ("labkit/distillation.py", "torch.where(keep.unsqueeze(-1), x, 0.0)", "x"),
 ]

@@ -122,6 +122,16 @@ def test_public_function_reaches_rule_and_kernels(lab):
     assert lab("tiles.py", "x + x", "x * 3", root="kernel:scale") != whole
 
 
+def test_checks_decide_no_result(lab, monkeypatch):
+    """Of the file of checks, what returns nothing is left out; what returns a value may decide a result."""
+    monkeypatch.setattr(provenance, "_CHECKS", "tiles")
+    whole = lab(root="kernel:scale")
+    assert lab("tiles.py", "def twice(x)", "def twice(x) -> int", root="kernel:scale") != whole
+    without = lab("tiles.py", "def twice(x)", "def twice(x) -> None", root="kernel:scale")
+    assert without != whole
+    assert lab("tiles.py", "def twice(x):", "def twice(x) -> None:\n    return 0", root="kernel:scale") == without
+
+
 def test_hash_holds_extra(lab):
     lab()
     plain = provenance.source_hash("kernel:_kernel")
