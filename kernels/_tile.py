@@ -36,8 +36,31 @@ def _scalars_are_numbers():
     interpreter._patch_lang_tensor = patched
 
 
-if INTERPRETED and triton.__version__.startswith("3.6."):
-    _scalars_are_numbers()
+def _masked_is_undefined():
+    """A load with a mask and without `other` leaves what is masked undefined. Triton's interpreter makes it 0, so that
+    a kernel which needs the 0 would pass: here floats are NaN. Integers stay 0, they may be part of an address.
+    """
+    from triton.runtime import interpreter
+
+    load = interpreter.InterpreterBuilder.create_masked_load
+    nan = {tl.float16: float("nan"), tl.bfloat16: 0x7FC0, tl.float32: float("nan"), tl.float64: float("nan")}
+
+    def create_masked_load(self, ptrs, mask, other, *options, **named):
+        loaded = load(self, ptrs, mask, other, *options, **named)
+        if other is None and loaded.dtype.scalar in nan:  # bf16 is held as its bits
+            loaded.data[~mask.data] = nan[loaded.dtype.scalar]
+        return loaded
+
+    interpreter.InterpreterBuilder.create_masked_load = create_masked_load
+
+
+if INTERPRETED:
+    _masked_is_undefined()
+    if triton.__version__.startswith("3.6."):
+        _scalars_are_numbers()
+
+# Triton's own are made for use inside of kernels, too; that wrapper costs each launch rule some microseconds.
+cdiv, next_power_of_2 = (getattr(f, "fn", f) for f in (triton.cdiv, triton.next_power_of_2))
 
 INTERPRET = tl.constexpr(INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -92,7 +115,7 @@ def qk_scale(sm_scale: float | None, head_dim: int) -> float:
 
 def block_dim(head_dim: int) -> int:
     """Width of a tile that holds one head: a power of two, at least 16 (the matrix unit's depth)."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, next_power_of_2(head_dim))
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._tile import attend_tile, block_dim, cast, device_properties, finish, has_tma, qk_scale
+from kernels._tile import attend_tile, block_dim, cast, cdiv, device_properties, finish, has_tma, qk_scale
 from labkit import args
 
 
@@ -148,7 +148,7 @@ def prefill_config(dtype: torch.dtype, head_dim: int, readable: bool) -> dict:
     if readable and dtype != torch.float32 and has_tma() and device_properties()["max_shared_mem"] > 200_000:
         config["TMA"] = True
         if config["BLOCK_D"] == 128:
-            config |= {"BLOCK_N": 128, "num_stages": 2}
+            config |= {"BLOCK_N": 128, "num_stages": 3}
         elif config["BLOCK_D"] == 256 and head_dim % 16 == 0:  # else q is loaded piece by piece, which takes registers
             config |= {"BLOCK_M": 128, "num_stages": 2}
     return config
@@ -188,7 +188,7 @@ def attention(q, k, v, *, causal=True, window=None, num_sinks=0, sm_scale=None, 
     config = prefill_config(q.dtype, head_dim, tma_can_read(k) and tma_can_read(v))
     if config["TMA"]:
         triton.set_allocator(_scratch)
-    _attention_kernel[(triton.cdiv(q_len, config["BLOCK_M"]), num_q_heads, batch)](
+    _attention_kernel[(cdiv(q_len, config["BLOCK_M"]), num_q_heads, batch)](
         q, *q.stride(), k, *k.stride(), v, *v.stride(), q if kv_lens is None else kv_lens.contiguous(), o, *o.stride(),
         q_len, max_kv_len, num_q_heads // num_kv_heads, window or 0, num_sinks,
         qk_scale(sm_scale, head_dim), HEAD_DIM=head_dim, CAUSAL=causal, WINDOW=window is not None,

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._tile import attend_tile, cast, device_properties, finish, qk_scale
+from kernels._tile import attend_tile, cast, cdiv, device_properties, finish, next_power_of_2, qk_scale
 from kernels.attention import attention_config
 from kernels.flash_decoding import split_config, split_outputs, tiles_per_group
 from kernels.paged_attention import length_of_pieces, pages_of_tile
@@ -118,7 +118,7 @@ def ragged_config(dtype: torch.dtype, head_dim: int, group: int, page_size: int,
         rows = config.pop("BLOCK_M")
         if config["BLOCK_D"] > 128:
             config["num_warps"] = 8
-    group = triton.next_power_of_2(group)
+    group = next_power_of_2(group)
     return config | {"GROUP": group, "BLOCK_Q": max(1, rows // group)}
 
 
@@ -131,7 +131,7 @@ def even_splits(num_programs: int, num_sms: int, max_kv_len: int, head_dim: int,
     """
     if only_decodes:
         return splits.choose(num_programs, num_sms, max_kv_len, head_dim)
-    return splits.num_splits_heuristic(num_programs, num_sms, triton.cdiv(max_kv_len, SPLIT_KEYS))
+    return splits.num_splits_heuristic(num_programs, num_sms, cdiv(max_kv_len, SPLIT_KEYS))
 
 
 SPLIT_KEYS = 512
@@ -172,7 +172,7 @@ def ragged_attention(q, k_pages, v_pages, block_table, q_starts, kv_lens, *, num
     num_tiles, num_heads = num_tokens // config["BLOCK_Q"] + batch, num_kv_heads * tiles
     even = num_splits
     if num_splits is None:
-        least = max(triton.cdiv(num_tokens, config["BLOCK_Q"]), min(batch, num_tokens))  # tiles that have work
+        least = max(cdiv(num_tokens, config["BLOCK_Q"]), min(batch, num_tokens))  # tiles that have work
         num_sms = device_properties()["multiprocessor_count"]
         even = even_splits(least * num_heads, num_sms, max_kv_len, head_dim, only_decodes)
         num_splits = splits.offered(even, max_kv_len, 4 * o.numel())

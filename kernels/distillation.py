@@ -13,7 +13,18 @@ from torch.autograd.function import once_differentiable
 from triton.language.extra import libdevice
 from triton.language.target_info import is_cuda
 
-from kernels._tile import INTERPRET, LN2, LOG2E, cast, finite, own_max, own_sum, thread_view
+from kernels._tile import (
+    INTERPRET,
+    LN2,
+    LOG2E,
+    cast,
+    cdiv,
+    finite,
+    next_power_of_2,
+    own_max,
+    own_sum,
+    thread_view,
+)
 from labkit import args
 
 EACH = 16  # logits of a row that a thread holds, with 32 in a warp: two loads of 16 bytes in bf16
@@ -230,7 +241,7 @@ def _backward_kernel(
 
 def distillation_config(vocab: int) -> dict:
     """Logits that a program holds, and its warps: 4,096 and 8, or fewer of both where the vocabulary is small."""
-    block = min(256 * EACH, max(32 * EACH, triton.next_power_of_2(vocab)))
+    block = min(256 * EACH, max(32 * EACH, next_power_of_2(vocab)))
     return {"BLOCK_V": block, "num_warps": block // (32 * EACH)}
 
 
@@ -248,7 +259,7 @@ class _Loss:
         self.rows, self.vocab, kind = args.distillation(z, t, labels, temperature, ce_weight, kind, beta, reduction)
         self.shape, self.reduction, self.temperature = z.shape, reduction, float(temperature)
         self.z, self.t = _as_rows(z.detach()), _as_rows(t.detach())
-        self.labels = None if labels is None else labels.reshape(-1)
+        self.labels = None if labels is None else labels.reshape(-1).contiguous()
         self.numbers = float(ce_weight), float(beta)
         self.config = distillation_config(self.vocab) | {
             "KIND": KINDS[kind], "HAS_LABELS": labels is not None, "HAS_CE": ce_weight > 0
@@ -288,7 +299,7 @@ class _Loss:
         grad = torch.empty(self.shape, dtype=self.z.dtype, device=self.z.device)
         if self.rows:
             weight = weight.contiguous()
-            blocks = triton.cdiv(self.vocab, self.config["BLOCK_V"])
+            blocks = cdiv(self.vocab, self.config["BLOCK_V"])
             _backward_kernel[(self.rows, blocks)](
                 *self._inputs(), stats, weight, int(weight.numel() > 1), grad, self.z.shape[1], self.vocab,
                 LOG2E.value / self.temperature, self.temperature, *self.numbers, **self.config,

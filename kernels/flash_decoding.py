@@ -18,6 +18,7 @@ from kernels._tile import (
     cast,
     device_properties,
     finish,
+    next_power_of_2,
     qk_scale,
     splits_or_default,
 )
@@ -197,7 +198,7 @@ def _one_launch_kernel(
     arrived_ptr,  # [B * Hkv * TILES] int32, zero before and after
     max_kv_len, num_splits, group, qk_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    BLOCK_S: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Split and merge in one launch: of the programs of a tile of heads, the one that arrives last merges for all."""
     pid_s = tl.program_id(0)
@@ -217,23 +218,41 @@ def _one_launch_kernel(
     tl.debug_barrier()
     arrived = arrived_ptr + pid_b * tl.num_programs(1) + pid_h
     if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
-        offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-        for i in range(group):
-            one = pid_h * group + i
-            o_one, lse_one = _merge_head(
-                part_o_ptr + pid_b * stride_pb + one * stride_ph, stride_ps, stride_pd,
-                part_lse_ptr + pid_b * stride_plb + one * stride_plh, stride_pls,
-                num_splits, HEAD_DIM, BLOCK_D, BLOCK_S,
-            )  # fmt: skip
-            o_ptrs = o_ptr + pid_b * stride_ob + one * stride_oh + offs_d * stride_od
-            tl.store(o_ptrs, cast(o_one, o_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
-            tl.store(lse_ptr + pid_b * stride_lb + one * stride_lh + tl.arange(0, 1), lse_one)
+        offs_d, offs_s = tl.arange(0, BLOCK_D).to(tl.int64), tl.arange(0, BLOCK_S).to(tl.int64)
+        mask_d = offs_d < HEAD_DIM
+        for first in range(0, group, HEADS):  # some heads at once: their loads are on their way together
+            offs_h = first + tl.arange(0, HEADS)
+            head, mask_h = pid_h * group + offs_h, offs_h < group
+            lse_ptrs = part_lse_ptr + pid_b * stride_plb + head[None, :] * stride_plh
+            part_ptrs = part_o_ptr + pid_b * stride_pb + (head[:, None] * stride_ph + offs_d * stride_pd)[None, :, :]
+            m = tl.full([HEADS], float("-inf"), tl.float32)
+            l = tl.zeros([HEADS], tl.float32)
+            acc = tl.zeros([HEADS, BLOCK_D], tl.float32)
+            for s in range(0, num_splits, BLOCK_S):
+                # [BLOCK_S, HEADS] and [BLOCK_S, HEADS, BLOCK_D]
+                lse_at, part_at = (s + offs_s[:, None]) * stride_pls, (s + offs_s[:, None, None]) * stride_ps
+                mask = (s + offs_s < num_splits)[:, None] & mask_h[None, :]
+                mask_part = mask[:, :, None] & mask_d[None, None, :]
+                # .cg: read from L2, where the other programs' stores are seen
+                part_lse = tl.load(lse_ptrs + lse_at, mask=mask, other=float("-inf"), cache_modifier=".cg")
+                part = tl.load(part_ptrs + part_at, mask=mask_part, other=0.0, cache_modifier=".cg")
+                m_new = tl.maximum(m, tl.max(part_lse, 0))
+                m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+                weight, alpha = tl.exp2((part_lse - m_safe[None, :]) * LOG2E), tl.exp2((m - m_safe) * LOG2E)
+                l = l * alpha + tl.sum(weight, 0)
+                acc = acc * alpha[:, None] + tl.sum(weight[:, :, None] * part, 0)
+                m = m_new
+            l = tl.where(l == 0.0, 1.0, l)
+            o_ptrs = o_ptr + pid_b * stride_ob + head[:, None] * stride_oh + offs_d[None, :] * stride_od
+            mask_o = mask_h[:, None] & mask_d[None, :]
+            tl.store(o_ptrs, cast(acc / l[:, None], o_ptr.dtype.element_ty), mask=mask_o)
+            tl.store(lse_ptr + pid_b * stride_lb + head * stride_lh, m + tl.log2(l) * LN2, mask=mask_h)
         tl.store(arrived, 0)  # ready for the next launch, also inside a replayed graph
 
 
 def split_config(dtype: torch.dtype, head_dim: int, group: int) -> dict:
     """Tile sizes and launch options of the split kernel, such that nothing spills and shared memory suffices."""
-    block_d, block_h = block_dim(head_dim), max(16, triton.next_power_of_2(group))
+    block_d, block_h = block_dim(head_dim), max(16, next_power_of_2(group))
     block_n, num_stages, num_warps = 16 if block_d > 64 else 32, 2, 8
     if dtype != torch.float32:  # exact fp32 products are made without the matrix unit and need many registers
         # Two programs an SM, each with num_stages - 1 tiles of K and V on their way.
@@ -276,7 +295,7 @@ def arrival_counters(like: torch.Tensor, count: int) -> torch.Tensor:
     replayed on two at the same time.
     """
     stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
-    size = max(1024, triton.next_power_of_2(count))
+    size = max(1024, next_power_of_2(count))
     counters = _arrived.get((like.device, stream, size))
     if counters is None:
         counters = torch.zeros(size, dtype=torch.int32, device=like.device)
@@ -351,7 +370,7 @@ def flash_decoding(q, k, v, kv_lens, *, num_splits=None, sm_scale=None, one_laun
         _one_launch_kernel[grid](
             *inputs, *outputs, o, *o.stride(), lse, *lse.stride(),
             arrival_counters(q, batch * num_kv_heads * tiles), *sizes,
-            HEAD_DIM=head_dim, BLOCK_S=MERGE_BLOCK, **config,
+            HEAD_DIM=head_dim, BLOCK_S=MERGE_BLOCK, HEADS=min(2, next_power_of_2(group)), **config,
         )  # fmt: skip
     else:
         split_kernel[grid](*inputs, *outputs, *sizes, HEAD_DIM=head_dim, **config)

@@ -13,7 +13,16 @@ import triton
 import triton.language as tl
 
 from kernels import INTERPRETED
-from kernels._tile import LOG2E, cast, device_properties, dot, positive_scale, splits_or_default
+from kernels._tile import (
+    LOG2E,
+    cast,
+    cdiv,
+    device_properties,
+    dot,
+    next_power_of_2,
+    positive_scale,
+    splits_or_default,
+)
 from kernels.flash_decoding import arrival_counters, attend_split, merge_config, split_config, tiles_per_group
 from labkit import args
 
@@ -166,16 +175,20 @@ def _unified_split_kernel(
 
 @triton.jit
 def _sum_splits(
-    num_ptr, stride_ns, stride_nd, den_ptr, base_ptr, stride_ds, num_splits, top,  # [S, D], [S], [S] of one head
+    num_ptr, stride_ns, stride_nd, den_ptr, base_ptr, stride_ds, tripped_ptr, stride_ts,  # [S, D], three [S]: one head
+    num_splits, top,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """num [BLOCK_D] and den of all splits. With one phi for all they simply add; WEIGHTED: by exp(base - top)."""
+    """num [BLOCK_D], den of all splits, and whether one tripped. With one phi for all they simply add; WEIGHTED: by
+    exp(base - top)."""
     offs_s = tl.arange(0, BLOCK_S)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     num = tl.zeros([BLOCK_D], tl.float32)
     den = 0.0
+    tripped = 0
     for s in range(0, num_splits, BLOCK_S):
         mask_s = s + offs_s < num_splits
+        flags = tl.load(tripped_ptr + (s + offs_s) * stride_ts, mask=mask_s, other=0)
         num_ptrs = num_ptr + (s + offs_s[:, None]) * stride_ns + offs_d[None, :] * stride_nd
         part = tl.load(num_ptrs, mask=mask_s[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
         part_den = tl.load(den_ptr + (s + offs_s) * stride_ds, mask=mask_s, other=0.0)
@@ -185,7 +198,8 @@ def _sum_splits(
             part, part_den = part * weight[:, None], part_den * weight
         num += tl.sum(part, 0)
         den += tl.sum(part_den, 0)
-    return num, den
+        tripped = tl.maximum(tripped, tl.max(flags.to(tl.int32), 0))
+    return num, den, tripped
 
 
 @triton.jit
@@ -205,25 +219,21 @@ def _unified_merge_kernel(
     base_ptr += pid_b * stride_db + head * stride_dh
     tripped_ptr += pid_b * stride_tb + head * stride_th
     offs_s = tl.arange(0, BLOCK_S)
-    tripped = 0
-    for s in range(0, num_splits, BLOCK_S):
-        flags = tl.load(tripped_ptr + (s + offs_s) * stride_ts, mask=s + offs_s < num_splits, other=0)
-        tripped = tl.maximum(tripped, tl.max(flags.to(tl.int32), 0))
+    # Asked for beside the flags, not after them: one latency of memory instead of two. A row that tripped reads again.
+    num, den, tripped = _sum_splits(
+        num_ptr, stride_ns, stride_nd, den_ptr, base_ptr, stride_ds, tripped_ptr, stride_ts, num_splits, 0.0,
+        HEAD_DIM, BLOCK_D, BLOCK_S, False,
+    )  # fmt: skip
     if SYNCHRONISED or tripped > 0:  # the splits have different bases
         top = float("-inf")
         for s in range(0, num_splits, BLOCK_S):
             mask_s = s + offs_s < num_splits
-            den = tl.load(den_ptr + (s + offs_s) * stride_ds, mask=mask_s, other=0.0)
+            part = tl.load(den_ptr + (s + offs_s) * stride_ds, mask=mask_s, other=0.0)
             base = tl.load(base_ptr + (s + offs_s) * stride_ds, mask=mask_s, other=float("-inf"))
-            top = tl.maximum(top, tl.max(tl.where(den == 0.0, float("-inf"), base), 0))
-        num, den = _sum_splits(
-            num_ptr, stride_ns, stride_nd, den_ptr, base_ptr, stride_ds, num_splits, top,
+            top = tl.maximum(top, tl.max(tl.where(part == 0.0, float("-inf"), base), 0))
+        num, den, _ = _sum_splits(
+            num_ptr, stride_ns, stride_nd, den_ptr, base_ptr, stride_ds, tripped_ptr, stride_ts, num_splits, top,
             HEAD_DIM, BLOCK_D, BLOCK_S, True,
-        )  # fmt: skip
-    else:
-        num, den = _sum_splits(
-            num_ptr, stride_ns, stride_nd, den_ptr, base_ptr, stride_ds, num_splits, 0.0,
-            HEAD_DIM, BLOCK_D, BLOCK_S, False,
         )  # fmt: skip
     o = num / tl.where(den == 0.0, 1.0, den)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
@@ -303,26 +313,27 @@ def _gemv_kernel(
     offs_n = (pid // tiles_m).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = (pid % tiles_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
-    mask_n, mask_m = (offs_n < n)[:, None], (offs_m < m)[:, None]
-    w_ptr += offs_n[:, None] * stride_wn
-    x_ptr += offs_m[:, None] * stride_xm
+    # Three dimensions from the start: so a thread multiplies the neighbours that it loaded, 16 bytes at a time.
+    mask_n, mask_m = (offs_n < n)[None, :, None], (offs_m < m)[:, None, None]
+    w_ptr += offs_n[None, :, None] * stride_wn
+    x_ptr += offs_m[:, None, None] * stride_xm
     acc = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], tl.float32)  # summed over k once, after the loop
     # A loop without a dot is pipelined only by tl.range: STAGES - 1 tiles of w are on their way.
     for first in tl.range(0, k, BLOCK_K, num_stages=STAGES):
-        mask_k = (offs_k < k - first)[None, :]
-        cols = (first + offs_k).to(tl.int64)[None, :]  # a transposed w has its columns N elements apart
+        mask_k = (offs_k < k - first)[None, None, :]
+        cols = (first + offs_k).to(tl.int64)[None, None, :]  # a transposed w has its columns N elements apart
         w = tl.load(w_ptr + cols * stride_wk, mask=mask_n & mask_k, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + cols * stride_xk, mask=mask_m & mask_k, other=0.0).to(tl.float32)
-        acc += x[:, None, :] * w[None, :, :]
+        acc += x * w
     y = tl.sum(acc, 2)  # [BLOCK_M, BLOCK_N]
     y_ptrs = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :] * stride_yn
-    tl.store(y_ptrs, cast(y, y_ptr.dtype.element_ty), mask=mask_m & (offs_n < n)[None, :])
+    tl.store(y_ptrs, cast(y, y_ptr.dtype.element_ty), mask=(offs_m < m)[:, None] & (offs_n < n)[None, :])
 
 
 def gemv_config(dtype: torch.dtype, m: int, k: int) -> dict:
     """Tile sizes and launch options for x [m, k]: up to four tokens, four rows of w, and 2048 bytes of each."""
-    block_k = min(2048 // dtype.itemsize, max(32, triton.next_power_of_2(k)))
-    return dict(BLOCK_M=min(4, triton.next_power_of_2(m)), BLOCK_N=4, BLOCK_K=block_k, STAGES=4, num_warps=4)
+    block_k = min(2048 // dtype.itemsize, max(32, next_power_of_2(k)))
+    return dict(BLOCK_M=min(4, next_power_of_2(m)), BLOCK_N=4, BLOCK_K=block_k, STAGES=4, num_warps=4)
 
 
 def gemv(x, w):
@@ -335,7 +346,7 @@ def gemv(x, w):
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if y.numel():
         config = gemv_config(x.dtype, m, k)
-        grid = (triton.cdiv(n, config["BLOCK_N"]) * triton.cdiv(m, config["BLOCK_M"]),)
+        grid = (cdiv(n, config["BLOCK_N"]) * cdiv(m, config["BLOCK_M"]),)
         _gemv_kernel[grid](x, *x.stride(), w, *w.stride(), y, *y.stride(), m, n, k, **config)
     return y
 
@@ -357,25 +368,26 @@ def store_share(
         # All threads must have stored before one of them announces it (Triton 3.6 adds no barrier here).
         tl.debug_barrier()
         if tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1:
-            acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            for s in range(SPLIT_K):  # always in this order: the same sum in every run, which atomics would not give
+            acc = tl.load(part_ptr + at, cache_modifier=".cg")
+            for s in range(1, SPLIT_K):  # always in this order: the same sum in every run, which atomics would not give
                 acc += tl.load(part_ptr + s * stride_pp + at, cache_modifier=".cg")
             tl.store(y_ptrs, cast(acc, y_ptrs.dtype.element_ty), mask=mask_y)
             tl.store(arrived_ptr, 0)
 
 
-def cut_k(tiles: int, num_blocks: int) -> int:
-    """How many programs share a tile: two programs an SM, unless a program would then have fewer than four blocks."""
-    split_k = min(triton.cdiv(2 * device_properties()["multiprocessor_count"], tiles), max(1, num_blocks // 4))
-    return max(1, triton.cdiv(num_blocks, max(1, triton.cdiv(num_blocks, split_k))))  # none of them empty
+def cut_k(tiles: int, num_blocks: int, per_sm: int = 2) -> int:
+    """How many programs share a tile: as many as run at the same time, per_sm an SM, and none for a second wave; unless
+    a program would then have fewer than four blocks."""
+    split_k = min(max(1, per_sm * device_properties()["multiprocessor_count"] // tiles), max(1, num_blocks // 4))
+    return max(1, cdiv(num_blocks, max(1, cdiv(num_blocks, split_k))))  # none of them empty
 
 
 def launch_tiles(kernel, inputs, y, k, config, **constants) -> None:
     """Launch a kernel that ends with `store_share`, one program a tile of y [M, N] and piece of K, with its scratch."""
     m, n = y.shape
     block_m, block_n, block_k, split_k = (config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
-    k_per_split = triton.cdiv(triton.cdiv(k, block_k), split_k) * block_k
-    grid = (split_k, triton.cdiv(n, block_n), triton.cdiv(m, block_m))
+    k_per_split = cdiv(cdiv(k, block_k), split_k) * block_k
+    grid = (split_k, cdiv(n, block_n), cdiv(m, block_m))
     part = arrived = y
     if split_k > 1:
         num_tiles = grid[1] * grid[2]
@@ -434,14 +446,14 @@ def flat_config(dtype: torch.dtype, m: int, n: int, k: int, pad: int | None = No
     pad: tokens a tile. Default: as few as hold m, from 8 (16 where 8 does not pay, see `_least_pad`) to 64.
     """
     if pad is None:
-        pad = min(64, max(_least_pad(), triton.next_power_of_2(m)))
+        pad = min(64, max(_least_pad(), next_power_of_2(m)))
     # 64 rows of w are one wgmma, and 256 bytes of each. fp32 has no matrix unit: registers are the limit there.
     block_n, block_k = (32, 64) if dtype == torch.float32 else (64, 128)
     # The double buffer, and more where shared memory has room.
     room = device_properties()["max_shared_mem"] // ((block_n + pad) * block_k * dtype.itemsize)
-    num_stages = max(1, min(4, room))
-    tiles = triton.cdiv(n, block_n) * triton.cdiv(m, pad)
-    split_k = cut_k(tiles, triton.cdiv(k, block_k))
+    num_stages = max(1, min(3, room), min(4, room // 2))  # four only where two programs fit into an SM with them
+    tiles = cdiv(n, block_n) * cdiv(m, pad)
+    split_k = cut_k(tiles, cdiv(k, block_k))
     return dict(
         BLOCK_M=pad, BLOCK_N=block_n, BLOCK_K=block_k, SPLIT_K=split_k, num_warps=4, num_stages=num_stages
     )  # fmt: skip

@@ -11,7 +11,17 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from kernels import attention as prefill
-from kernels._tile import LOG2E, cast, device_properties, finite, own_max, own_sum, thread_view
+from kernels._tile import (
+    LOG2E,
+    cast,
+    cdiv,
+    device_properties,
+    finite,
+    next_power_of_2,
+    own_max,
+    own_sum,
+    thread_view,
+)
 from kernels.flash_decoding import flash_decoding
 from kernels.flash_decoding_pp import gemv_config
 from kernels.rope import forward_only, fresh, rope, rope_write_kv, wants_grad  # noqa: F401
@@ -263,30 +273,30 @@ def _gate_up_kernel(
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    mask_n, mask_m = (offs_n < n)[:, None], (offs_m < m)[:, None]
-    gate_ptr += offs_n[:, None] * stride_gn
-    up_ptr += offs_n[:, None] * stride_un
-    x_ptr += offs_m[:, None] * stride_xm
+    mask_n, mask_m = (offs_n < n)[None, :, None], (offs_m < m)[:, None, None]
+    gate_ptr += offs_n[None, :, None] * stride_gn
+    up_ptr += offs_n[None, :, None] * stride_un
+    x_ptr += offs_m[:, None, None] * stride_xm
     gate_acc = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], tl.float32)
     up_acc = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], tl.float32)
-    square = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    square = tl.zeros([BLOCK_M, 1, BLOCK_K], tl.float32)
     for first in tl.range(0, k, BLOCK_K, num_stages=STAGES):
-        mask_k = (offs_k < k - first)[None, :]
-        cols = (first + offs_k).to(tl.int64)[None, :]
+        mask_k = (offs_k < k - first)[None, None, :]
+        cols = (first + offs_k).to(tl.int64)[None, None, :]
         gate = tl.load(gate_ptr + cols * stride_gk, mask=mask_n & mask_k, other=0.0).to(tl.float32)
         up = tl.load(up_ptr + cols * stride_uk, mask=mask_n & mask_k, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + cols * stride_xk, mask=mask_m & mask_k, other=0.0).to(tl.float32)
         if NORMED:
             square += x * x
             x *= tl.load(norm_ptr + cols * stride_nk, mask=mask_k, other=0.0).to(tl.float32)
-        gate_acc += x[:, None, :] * gate[None, :, :]
-        up_acc += x[:, None, :] * up[None, :, :]
+        gate_acc += x * gate
+        up_acc += x * up
     gate, up = tl.sum(gate_acc, 2), tl.sum(up_acc, 2)  # [BLOCK_M, BLOCK_N]
     if NORMED:
-        rstd = tl.rsqrt(tl.sum(square, 1) / tl.maximum(k, 1) + eps)[:, None]  # k 0: the sums are 0, not NaN
+        rstd = tl.rsqrt(tl.sum(square, 2) / tl.maximum(k, 1) + eps)  # k 0: the sums are 0, not NaN
         gate, up = gate * rstd, up * rstd
-    y_ptrs = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :]
-    tl.store(y_ptrs, cast(gate * sigmoid(gate) * up, y_ptr.dtype.element_ty), mask=mask_m & (offs_n < n)[None, :])
+    y_ptrs, mask = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :], (offs_m < m)[:, None] & (offs_n < n)[None, :]
+    tl.store(y_ptrs, cast(gate * sigmoid(gate) * up, y_ptr.dtype.element_ty), mask=mask)
 
 
 # ---- launches
@@ -299,7 +309,7 @@ def _rows(x):
 
 def row_config(n: int, whole_row: int = WHOLE_ROW) -> dict:
     """Tile and warps for rows of n elements: whole rows up to whole_row, several at a time if they are short."""
-    block_n = triton.next_power_of_2(n)
+    block_n = next_power_of_2(n)
     whole = block_n <= whole_row
     block_n = block_n if whole else 4096
     block_m = max(1, 2048 // block_n) if whole else 1
@@ -314,9 +324,9 @@ def softmax_config(n: int) -> dict:
 
 def _elementwise_config(m: int, n: int) -> tuple[tuple, dict]:
     """Grid and tile of 2048 elements: 8 a thread, which are 16 bytes of a 16-bit type, even where a warp has 64."""
-    block_n = min(2048, triton.next_power_of_2(n))
+    block_n = min(2048, next_power_of_2(n))
     block_m = 2048 // block_n
-    return (triton.cdiv(m, block_m), triton.cdiv(n, block_n)), dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4)
+    return (cdiv(m, block_m), cdiv(n, block_n)), dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4)
 
 
 def _rmsnorm(x, residual, weight, eps):
@@ -326,7 +336,7 @@ def _rmsnorm(x, residual, weight, eps):
         x2 = _rows(x)
         r2 = x2 if residual is None else _rows(residual)
         config = row_config(x2.shape[1])
-        _rmsnorm_kernel[(triton.cdiv(len(x2), config["BLOCK_M"]),)](
+        _rmsnorm_kernel[(cdiv(len(x2), config["BLOCK_M"]),)](
             x2, *x2.stride(), r2, *r2.stride(), weight, *weight.stride(), y, s, x2.shape[1], *x2.shape, eps,
             HAS_RESIDUAL=residual is not None, **config,
         )  # fmt: skip
@@ -454,7 +464,7 @@ def softmax(x):
         y = fresh(x)
         if y.numel():
             x2, config = _rows(x), softmax_config(n)
-            grid = (triton.cdiv(rows, config["BLOCK_M"]),)
+            grid = (cdiv(rows, config["BLOCK_M"]),)
             view = thread_view(config["num_warps"], x2)
             _softmax_kernel[grid](x2, *x2.stride(), y, n, rows, n, **config, **view)
         return y
@@ -506,7 +516,7 @@ def gate_up_swiglu(x, gate_weight, up_weight, *, norm_weight=None, eps=1e-6):
             normed = norm_weight is not None
             norm_weight = norm_weight if normed else x2[0]
             config = gate_up_config(x.dtype, m, k)
-            _gate_up_kernel[(triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(n, config["BLOCK_N"]))](
+            _gate_up_kernel[(cdiv(m, config["BLOCK_M"]), cdiv(n, config["BLOCK_N"]))](
                 x2, *x2.stride(), gate_weight, *gate_weight.stride(), up_weight, *up_weight.stride(),
                 norm_weight, *norm_weight.stride(), y, n, m, n, k, eps, NORMED=normed, **config,
             )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._tile import attend_tile, block_dim, finish, qk_scale, splits_or_default
+from kernels._tile import attend_tile, block_dim, cdiv, finish, next_power_of_2, qk_scale, splits_or_default
 from kernels.flash_decoding import (  # flash_decoding: timed beside paged_decoding, under this topic's name
     flash_decoding,  # noqa: F401
     split_config,
@@ -51,9 +51,10 @@ def _paged_split_kernel(
     o_ptr, stride_ob, stride_oh, stride_os, stride_od,  # [B, Hq, S, D] out
     lse_ptr, stride_lb, stride_lh, stride_ls,  # [B, Hq, S] out
     num_pages, max_kv_len, num_splits, even, group, qk_scale,
-    PAGE_SIZE: tl.constexpr, READ_AHEAD: tl.constexpr, PIECE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, DENSE: tl.constexpr, READ_AHEAD: tl.constexpr, PIECE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
+    """DENSE: one page follows the other, as in a pool. A token's row is then one number for both K and V."""
     pid_s = tl.program_id(0)
     pid_h = tl.program_id(1).to(tl.int64)
     pid_b = tl.program_id(2).to(tl.int64)
@@ -89,8 +90,13 @@ def _paged_split_kernel(
         mask_n = key < tl.where((page >= 0) & (page < num_pages), end, 0)  # one page may stand for all keys
         mask_kv = mask_n[:, None] & mask_d[None, :]
         page, offset = page.to(tl.int64), (key % PAGE_SIZE).to(tl.int64)  # a cache may hold more than 2^31 elements
-        k = tl.load(k_ptrs + (page * stride_kp + offset * stride_kn)[:, None], mask=mask_kv, other=0.0)
-        v = tl.load(v_ptrs + (page * stride_vp + offset * stride_vn)[:, None], mask=mask_kv, other=0.0)
+        if DENSE:
+            row = page * PAGE_SIZE + offset
+            k_at, v_at = row * stride_kn, row * stride_vn
+        else:
+            k_at, v_at = page * stride_kp + offset * stride_kn, page * stride_vp + offset * stride_vn
+        k = tl.load(k_ptrs + k_at[:, None], mask=mask_kv, other=0.0)
+        v = tl.load(v_ptrs + v_at[:, None], mask=mask_kv, other=0.0)
         m, l, acc = attend_tile(q, k, v, mask_n[None, :], m, l, acc, qk_scale, True)
     o, lse = finish(m, l, acc)
 
@@ -165,7 +171,8 @@ def paged_decoding(
         q, *q.stride(), k_pages, *k_pages.stride(), v_pages, *v_pages.stride(), block_table, *block_table.stride(),
         kv_lens.contiguous(), *outputs,
         num_pages, max_kv_len, num_splits, even, group, qk_scale(sm_scale, head_dim),
-        PAGE_SIZE=page_size, READ_AHEAD=read_ahead, PIECE=splits.PIECE, HEAD_DIM=head_dim, TILES=tiles,
+        PAGE_SIZE=page_size, DENSE=all(x.stride(0) == page_size * x.stride(1) for x in (k_pages, v_pages)),
+        READ_AHEAD=read_ahead, PIECE=splits.PIECE, HEAD_DIM=head_dim, TILES=tiles,
         **split_config(q.dtype, head_dim, group),
     )  # fmt: skip
     merge_splits()
@@ -185,8 +192,8 @@ def write_kv(k, v, k_pages, v_pages, slots):
     if k.numel() == 0:
         return
     block_d = block_dim(head_dim)
-    block_h = min(triton.next_power_of_2(num_kv_heads), max(1, 1024 // block_d))  # 16 bytes a thread, or more
-    _write_kv_kernel[(num_tokens, triton.cdiv(num_kv_heads, block_h))](
+    block_h = min(next_power_of_2(num_kv_heads), max(1, 1024 // block_d))  # 16 bytes a thread, or more
+    _write_kv_kernel[(num_tokens, cdiv(num_kv_heads, block_h))](
         k, *k.stride(), v, *v.stride(), k_pages, *k_pages.stride(), v_pages, *v_pages.stride(), slots.contiguous(),
         num_pages * page_size, num_kv_heads,
         PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_H=block_h, num_warps=2,

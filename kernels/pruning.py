@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from kernels import INTERPRETED
-from kernels._tile import cast, dot
+from kernels._tile import cast, cdiv, dot, next_power_of_2
 from kernels.flash_decoding_pp import cut_k, flat_gemm, gemv, launch_tiles, store_share
 from labkit import args
 
@@ -179,11 +179,11 @@ def _matmul_24_kernel(
 
 def config_24(dtype: torch.dtype, m: int, n: int, k: int) -> dict:
     """Tile sizes, launch options and how often K is cut, for x [m, k] and a compressed w [n, k]."""
-    block_m = min(64, max(16, triton.next_power_of_2(m)))
+    block_m = min(64, max(16, next_power_of_2(m)))
     # 64 rows of w are one wgmma. From fp32 Triton would make TF32 of them on a B200, whatever the precision asked for.
     block_n, block_k = 32 if dtype == torch.float32 else 64, 128
-    tiles = triton.cdiv(n, block_n) * triton.cdiv(m, block_m)
-    split_k = cut_k(tiles, triton.cdiv(k, block_k))
+    tiles = cdiv(n, block_n) * cdiv(m, block_m)
+    split_k = cut_k(tiles, cdiv(k, block_k), 4 if block_m < 64 else 3)
     return dict(
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, SPLIT_K=split_k, NEIGHBOURS=_neighbours(),
         num_warps=4, num_stages=3,
@@ -226,8 +226,8 @@ def matmul_24(x, values, meta):
     inputs = (x, *x.stride(), words, words.stride(0), meta, meta.stride(0))
     per_word = 2 * x.element_size()  # groups in a word of meta
     if m == 1 and x.dtype == torch.float32:
-        block_k = min(1024, max(32, triton.next_power_of_2(k)))
-        _gemv_24_kernel[(triton.cdiv(n, 4), m)](
+        block_k = min(1024, max(32, next_power_of_2(k)))
+        _gemv_24_kernel[(cdiv(n, 4), m)](
             *inputs, y, *y.stride(), n, k,
             BLOCK_N=4, BLOCK_K=block_k, PER_WORD=per_word, EVEN_K=k % block_k == 0, STAGES=3, num_warps=4,
         )  # fmt: skip
@@ -322,14 +322,14 @@ def wanda_mask(w, x_norm, *, sparsity=None, n=None, m=None):
     inputs = (w, *w.stride(), x_norm, *x_norm.stride(), keep, *keep.stride())
     if sparsity is not None:
         args.expect(k <= MAX_COLUMNS, "w (columns)", k, f"at most {MAX_COLUMNS} with sparsity")
-        block_k = max(16, triton.next_power_of_2(k))
+        block_k = max(16, next_power_of_2(k))
         num_warps = min(32, max(4, block_k // 512))
         _row_mask_kernel[(rows,)](*inputs, k, int(k * sparsity), BLOCK_K=block_k, num_warps=num_warps)
         return keep
     args.expect(m <= MAX_M, "m", m, f"at most {MAX_M}")
-    block_m = triton.next_power_of_2(m)
+    block_m = next_power_of_2(m)
     groups = max(1, 256 // block_m)
-    _nm_mask_kernel[(triton.cdiv(rows, 8), triton.cdiv(k // m, groups))](
+    _nm_mask_kernel[(cdiv(rows, 8), cdiv(k // m, groups))](
         *inputs, rows, k // m, m - n, M=m, BLOCK_M=block_m, BLOCK_N=8, GROUPS=groups, num_warps=4,
     )  # fmt: skip
     return keep

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from kernels._tile import cast
+from kernels._tile import cast, cdiv, next_power_of_2
 from labkit import args
 
 
@@ -169,10 +169,10 @@ def _turn(q, k, cos, sin, sign, q_out, k_out):
             else:
                 x = _one_batch(x)
             inputs += [x, *x.stride()]
-        block_d = triton.next_power_of_2(dim // 2)
-        block_h = min(triton.next_power_of_2(max(heads)), max(1, 2048 // block_d))
+        block_d = next_power_of_2(dim // 2)
+        block_h = min(next_power_of_2(max(heads)), max(1, 2048 // block_d))
         tokens = (q.numel() + k.numel()) // (sum(heads) * dim)
-        _rope_kernel[(tokens, sum(triton.cdiv(h, block_h) for h in heads))](
+        _rope_kernel[(tokens, sum(cdiv(h, block_h) for h in heads))](
             *inputs, length, *heads, sign,
             HALF=dim // 2, BLOCK_D=block_d, BLOCK_H=block_h, FULL=cos.shape[-1] == dim, num_warps=4,
         )  # fmt: skip
@@ -228,9 +228,9 @@ def rope_write_kv(qkv, bias, cos, sin, k_pages, v_pages, slots):
 
     def launch(qkv, bias):
         q = torch.empty(num_tokens, num_q_heads, dim, dtype=qkv.dtype, device=qkv.device)
-        block_d = triton.next_power_of_2(dim // 2)
-        block_h = min(triton.next_power_of_2(num_q_heads), max(1, 2048 // block_d))
-        blocks = triton.cdiv(num_q_heads, block_h) + 2 * triton.cdiv(num_kv_heads, block_h)
+        block_d = next_power_of_2(dim // 2)
+        block_h = min(next_power_of_2(num_q_heads), max(1, 2048 // block_d))
+        blocks = cdiv(num_q_heads, block_h) + 2 * cdiv(num_kv_heads, block_h)
         if num_tokens:
             _rope_write_kv_kernel[(num_tokens, blocks)](
                 qkv, *qkv.stride(), qkv if bias is None else bias.contiguous(), cos, *cos.stride(), sin, *sin.stride(),

@@ -13,11 +13,18 @@ PROCESSES = 8  # each has the GPU open and one case's inputs on it
 def compile_ahead(jobs, seconds) -> None:
     """Run `warm` for all jobs, (topic, number), in processes beside each other; what is not done in time is left."""
     start = time.monotonic()
-    with multiprocessing.get_context("spawn").Pool(min(PROCESSES, os.cpu_count())) as pool:  # its end ends them
+    if not jobs:
+        return
+    count = min(PROCESSES, os.cpu_count())
+    with multiprocessing.get_context("spawn").Pool(count, _alone) as pool:  # its end ends them
         done = pool.starmap_async(warm, jobs, chunksize=1)
         done.wait(seconds)
         why = "" if done.ready() and done.successful() else ", not all of it: the rest is compiled when it is met"
     print(f"Compiled ahead in {time.monotonic() - start:.0f} s{why}", flush=True)
+
+
+def _alone() -> None:
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # torch.compile would start a process for every core, in each
 
 
 def warm(topic, number) -> None:

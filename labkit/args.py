@@ -6,6 +6,7 @@ LAB_CHECK=1 and the kernels clamp or ignore what is out of range.
 """
 
 import math
+import numbers
 import os
 from typing import NoReturn
 
@@ -139,7 +140,7 @@ def unified(phi: float, bounds: tuple[float, float]) -> tuple[float, float]:
 
 
 def _is_number(x) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)  # numpy's too
 
 
 def linear(x, w, dtypes=FLOATS) -> tuple[int, int, int]:
@@ -338,10 +339,10 @@ def distillation(student, teacher, labels, temperature, ce_weight, kind, beta, r
     row_tensor("teacher_logits", teacher, dtypes)
     tensor("teacher_logits", teacher, tuple(student.shape), like=student)
     expect(vocab > 0, "student_logits (vocabulary)", vocab, "at least 1")
-    expect(0 < temperature < math.inf, "temperature", temperature, "a number above 0")
-    expect(0 <= ce_weight < math.inf, "ce_weight", ce_weight, "a number, at least 0")
+    expect(_is_number(temperature) and 0 < temperature < math.inf, "temperature", temperature, "a number above 0")
+    expect(_is_number(ce_weight) and 0 <= ce_weight < math.inf, "ce_weight", ce_weight, "a number, at least 0")
     expect(kind in ("forward_kl", "reverse_kl", "jsd"), "kind", repr(kind), "'forward_kl', 'reverse_kl' or 'jsd'")
-    expect(0 <= beta <= 1, "beta", beta, "0 to 1")
+    expect(_is_number(beta) and 0 <= beta <= 1, "beta", beta, "a number from 0 to 1")
     expect(reduction in ("mean", "sum", "none"), "reduction", repr(reduction), "'mean', 'sum' or 'none'")
     expect(labels is not None or not ce_weight, "labels", "None", f"labels, since ce_weight is {ce_weight}")
     if labels is not None:

@@ -46,7 +46,7 @@ def _outputs(result) -> tuple:
 def _max_error(x: torch.Tensor, truth: torch.Tensor) -> float:
     """Largest |x - truth|; equal infinities are no error, a NaN or a wrong infinity is an infinite one."""
     x = x.double()
-    diff = torch.where(x == truth, 0.0, (x - truth).abs()).nan_to_num(nan=float("inf"))
+    diff = torch.where(x == truth, 0.0, (x - truth).abs()).nan_to_num(nan=float("inf"), posinf=float("inf"))
     return float(diff.max()) if diff.numel() else 0.0
 
 
@@ -56,13 +56,18 @@ def _judge(index: int, got, truth: torch.Tensor, plain: torch.Tensor) -> Verdict
         shape = tuple(got.shape) if isinstance(got, torch.Tensor) else type(got).__name__
         return Verdict(index, inf, 0.0, f"shape {shape}, expected {tuple(truth.shape)}")
     if not truth.is_floating_point():  # flags and indices have to be equal
+        if got.dtype != plain.dtype:
+            return Verdict(index, inf, 0.0, f"dtype {got.dtype}, expected {plain.dtype}")
         same = bool((got == truth).all())
         return Verdict(index, 0.0 if same else inf, 0.0, "" if same else "values differ")
     if truth.isnan().any() or plain.isnan().any():  # then the limit would be infinite, and anything would pass
         return Verdict(index, inf, 0.0, "the reference has NaN")
     if got.dtype != plain.dtype:
         return Verdict(index, inf, 0.0, f"dtype {got.dtype}, expected {plain.dtype}")
-    return Verdict(index, _max_error(got, truth), _max_error(plain, truth))
+    yardstick = _max_error(plain, truth)
+    if yardstick == inf:  # here, too
+        return Verdict(index, inf, 0.0, f"the reference overflows in {plain.dtype}")
+    return Verdict(index, _max_error(got, truth), yardstick)
 
 
 def compare(got, reference, *args, **kwargs) -> list[Verdict]:

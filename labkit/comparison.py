@@ -136,13 +136,19 @@ class Comparison:
             lines.append("The kernels are unchanged since.")
         return lines
 
+    def source(self) -> str:
+        """Where and when, in a line: to stand beside a single figure. It says so if the kernels have changed since."""
+        where, *rest = self.provenance()
+        return " ".join([where, *(line for line in rest if line.startswith("Changed"))])
+
     def plan(self, section) -> list[list[str]]:
         """Header and one line a case: what it demands, where nothing was measured."""
         lines = [["case", "MB", "operations / byte", *(f"floor us, {name}" for name in FLOORS)]]
         for case in (self.cases[name] for name in self._section(section)):
             floors = (max(case.bytes / GPUS[gpu].bandwidth, case.flops / GPUS[gpu].bf16_flops) for gpu in FLOORS)
             density = _cell(case.flops / case.bytes if case.flops else None)
-            lines.append([case.name, _megabytes(case), density, *(_cell(x * 1e6) for x in floors)])
+            us = (_cell(1e6 * x, ".1f" if x > 1e-7 else ".2g") for x in floors)
+            lines.append([case.name, _megabytes(case), density, *us])
         return lines
 
     def planned(self, section) -> str:

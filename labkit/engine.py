@@ -1,7 +1,7 @@
 """A small inference engine: paged KV, prefix caching, continuous batching with chunked prefill, sampling, streaming.
 
     engine = Engine(model, num_pages=256)
-    texts = engine.generate(prompts, max_new_tokens=64)             # all of them, batched as they fit
+    outputs = engine.generate(prompts, max_new_tokens=64)           # all of them, batched as they fit
     for token in engine.stream(prompt, 64, temperature=0.8): ...    # as they come; leaving the loop cancels
     id = engine.add(prompt, 64); engine.step(); engine.cancel(id)   # what both are made of
 
@@ -156,7 +156,7 @@ class Engine:
         """Run the model once. Returns the new token of every request that got one: {id: token}; {} if nothing runs.
 
         If the model raises, the requests of this step are cancelled and cached prefixes forgotten; the engine goes on.
-        now: seconds on any clock that does not go back, for the policy "dynamic"; default: time.monotonic().
+        now: seconds on the clock of time.monotonic(), which is the default, for the policy "dynamic".
         """
         self.batch = batch = self.scheduler.step(time.monotonic() if now is None else now)
         if not batch:
@@ -247,6 +247,8 @@ class Engine:
     def _request(self, id, job, max_new_tokens) -> Request:
         length = int(max_new_tokens) if _is_int(max_new_tokens) else max_new_tokens
         request = Request(id, time.monotonic(), job.prompt_len, length)
+        most, got = self.model.config.max_position_embeddings, job.prompt_len + length
+        expect(got <= most, "prompt_ids, max_new_tokens", f"{got} tokens", f"at most {most}, the model's")
         if not self.scheduler.fits(request):
             s, got = self.scheduler, f"{job.prompt_len} tokens and {max_new_tokens} to come"
             limit = f"what {s.pool.num_pages} pages of {self.page_size}, max_tokens {s.max_tokens} (unless chunked)"

@@ -8,6 +8,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from labkit import args, bench, check, codegen, corpus, peers, player, splits, timing
-from labkit.attention import attention, decode_attention, softmax_dtype
+from labkit.attention import attention, decode_attention, masked_softmax, softmax_dtype
 from labkit.flash_decoding import BLOCK_KEYS, decode_case
 from labkit.model import load
 from labkit.record import version
@@ -30,8 +31,9 @@ from labkit.record import version
 
 def scaled_scores(q, k, *, sm_scale=None):
     """x = sm_scale * q k^T in natural-log units: q [B, Hq, D], k [B, L, Hkv, D] -> [B, Hq, L], at least fp32."""
+    q, k = (x.to(softmax_dtype(q.dtype)) for x in (q, k))
     x = torch.einsum("bhgd,blhd->bhgl", q.unflatten(1, (k.shape[2], -1)), k)
-    return x.to(softmax_dtype(q.dtype)).flatten(1, 2) * args.scale(sm_scale, q.shape[-1])
+    return x.flatten(1, 2) * args.scale(sm_scale, q.shape[-1])
 
 
 def unified_parts(q, k, v, kv_lens, *, phi, num_splits, sm_scale=None):
@@ -88,7 +90,8 @@ def unified_decoding(q, k, v, kv_lens, *, phi, bounds, num_splits=None, sm_scale
     num, den = num.sum(2), den.sum(2)  # Eq. 4: the partial results simply add
     o = num / den.masked_fill(den == 0.0, 1.0).unsqueeze(-1)
     recomputed = out_of_bounds(q, k, kv_lens, phi=phi, bounds=bounds, sm_scale=sm_scale)
-    exact, _ = decode_attention(q, k, v, kv_lens, sm_scale=sm_scale)
+    p, _ = masked_softmax(scaled_scores(q, k, sm_scale=sm_scale), valid[:, None])
+    exact = torch.einsum("bhgl,blhd->bhgd", p.to(v.dtype).unflatten(1, (num_kv_heads, -1)), v).flatten(1, 2)
     return torch.where(recomputed.unsqueeze(-1), exact, o.to(q.dtype)), recomputed
 
 
@@ -323,10 +326,14 @@ def dataflow_player(flow, where):
     shapes = {f"[{n}, {k}]": (n, k) for n, k in flow.table}
     ms = list(next(iter(flow.table.values()))["us"][flow.impls[0]])
 
+    def best_and_chosen(shape, m):
+        us = {name: row_us[m] for name, row_us in flow.table[shapes[shape]]["us"].items()}
+        return min(us, key=us.get), flow.pick(m, *shapes[shape])
+
     def frame(shape, m):
         row = flow.table[shapes[shape]]
         us = {name: row["us"][name][m] for name in flow.impls}
-        best, chosen = min(us, key=us.get), flow.pick(m, *shapes[shape])
+        best, chosen = best_and_chosen(shape, m)
         bars = []
         for lane, name in enumerate(flow.impls):
             color = "green" if name == chosen else "blue"
@@ -347,7 +354,9 @@ def dataflow_player(flow, where):
     }
     controls = {"weight [N, K]": list(shapes), "M": ms}
     legend = {"green": "picked", "blue": "the others"}
-    return player.Explorer("Who multiplies?", controls, panels, frame, legend=legend, caption=where)
+    right = [at for at in itertools.product(*controls.values()) if len(set(best_and_chosen(*at))) == 1]
+    options = dict(legend=legend, caption=where, start=right[0] if right else None)  # a miss is for the reader to find
+    return player.Explorer("Who multiplies?", controls, panels, frame, **options)
 
 
 def try_phi(kernel, phi, width, device="cpu"):

@@ -11,7 +11,8 @@ HIDDEN, FFN, HEADS, KV_HEADS, DIM = 4096, 14336, 32, 8, 128  # Llama-3-8B
 KEYS = 256  # of every sequence, in the block
 ROWS, MLP = "Between the products: one kernel, Llama-3-8B's widths, bf16", "Into the product: norm, gate, up and SwiGLU"
 CACHE = "From the QKV product to the cache"
-PYTHON, GRAPH = "A decode step of a block, launched from Python", "A decode step of a block, in a CUDA graph"
+STEP = f"A decode step of a block, {KEYS} keys a sequence"
+PYTHON, GRAPH = f"{STEP}, launched from Python", f"{STEP}, in a CUDA graph"
 
 
 # ---- peers

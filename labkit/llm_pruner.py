@@ -124,7 +124,8 @@ def llm_pruner(model, batches, *, ratio, order="first", layers=None, seed=0):
     gradient = square = None
     if order not in ("l2", "random"):
         model.requires_grad_(True)
-        gradient, square = gradients(model, batches, order in ("second", "hessian"))
+        with torch.enable_grad():  # who prunes often does so under no_grad
+            gradient, square = gradients(model, batches, order in ("second", "hessian"))
     generator = torch.Generator().manual_seed(seed)
     for i in layers:
         for members in groups(model.layers[i]).values():

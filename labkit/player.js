@@ -111,7 +111,7 @@
       if (yours == null) { text.textContent = "You have not committed to a number yet."; return; }
       const ratio = Number(yours) / data.answer, off = Number((Number(yours) - data.answer).toPrecision(3));
       const times = (x) => (x < 100 ? x.toPrecision(2) : Math.round(x).toLocaleString("en"));
-      const verdict = data.answer == null ? "Nothing to compare it with yet."
+      const verdict = data.answer == null ? "Nobody has measured that yet."
         : !(ratio > 0) || ratio === Infinity ? `That is ${Math.abs(off)} too ${off > 0 ? "high" : "low"}.`
         : Math.abs(ratio - 1) < 0.05 ? "Within 5 %."
         : ratio > 1 ? `That is ${times(ratio)} times too high.` : `That is ${times(1 / ratio)} times too low.`;

@@ -198,15 +198,17 @@ def predict(key, question, unit=""):
     return Html(figure("Predict", body, {"predict": key, "unit": unit}), f"Predict: {question} ({unit})")
 
 
-def reveal(key, answer, unit="", *, source, how="Recorded", published=None):
+def reveal(key, answer, unit="", *, source, how="Recorded", until=None):
     """Lay the `answer` (a number, or None where nothing was recorded) beside the reader's prediction.
 
     source: where the number comes from, in words (the record's own provenance line); `x` is shown as code.
-    how: what was done to get it, e.g. "Counted". published: (number, source) to show where there is no answer yet.
+    how: what was done to get it, e.g. "Counted". until: (how, number, source) of a number that answers another
+    question, to show until there is an answer to this one; nobody's prediction is judged by it.
     """
-    if answer is None and published:
-        (answer, source), how = published, "Published, not ours"
-    found = f"{how}: {answer:.4g} {unit}." if answer is not None else "Not known yet."
+    shown = answer
+    if answer is None and until:
+        how, shown, source = until
+    found = f"{how}: {shown:.4g} {unit}." if shown is not None else "Not known yet."
     body = (
         f'<div class="lab-title">Your prediction</div><p><strong>{escape(found)}</strong> {as_html(source)}</p>'
         '<p class="lab-yours" aria-live="polite"></p>'

@@ -77,7 +77,8 @@ def prune(
         for linear in linears(block).values():
             args.sparsity_pattern(sparsity, n, m, linear.in_features, below_one=method == "sparsegpt")
             widest = max(widest, linear.in_features)
-    args.expect(m is None or block_size % m == 0, "block_size", block_size, f"a multiple of m = {m}")
+    blocks_fit = method != "sparsegpt" or m is None or block_size % m == 0
+    args.expect(blocks_fit, "block_size", block_size, f"a multiple of m = {m}")
     batches = [] if method == "magnitude" else check_calibration(batches, method, widest, model.config.vocab_size)
     options = dict(sparsity=sparsity, n=n, m=m, per=per, block_size=block_size, damp=damp)
     finished = None

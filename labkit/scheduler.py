@@ -164,7 +164,8 @@ class Scheduler:
     `max_len` tokens if given. "pow2": its real output rounded up to a power of two. "oracle": exactly what it will use.
     watermark: share of the pages that admission leaves free under "paged". window: seconds, for "dynamic".
     mixed: see `continuous`; default: with a reservation as Orca, with pages as vLLM. max_len: no request may be longer.
-    tokens(id) -> the ids of its tokens so far, prompt first: with them the pool finds cached prefixes ("paged" only).
+    tokens(id) -> the ids of its tokens so far, prompt first: with them the pool finds cached prefixes ("paged" only),
+    also those that the same step computes: it has to write all its keys before it reads any.
 
     finished: ids, in the order in which they got their last token. The pages of that step are held until the next one
     is asked for. Misuse (an unknown or repeated id, a setting out of range) raises ValueError naming the argument.
@@ -340,7 +341,8 @@ class Scheduler:
         if self.reserve == "max":
             return self.max_len or request.prompt_len + request.max_new_tokens
         if self.reserve == "pow2":
-            return request.prompt_len + (1 << (request.output_len - 1).bit_length())
+            most = math.inf if self.max_len is None else self.max_len
+            return min(most, request.prompt_len + (1 << (request.output_len - 1).bit_length()))
         return request.prompt_len + request.output_len if self.reserve == "oracle" else 0
 
     def _admit(self, run) -> bool:
@@ -364,6 +366,8 @@ class Scheduler:
         if n:
             batch.prefill.append((run.id, run.computed, n))
             run.computed += n
+            if self.tokens:  # a step writes all its keys before it reads any: others of this step may find these pages
+                self.pool.publish(run.id, run.computed)
             batch.kv_tokens += run.computed
             if run.computed == run.target:
                 run.generated += 1
@@ -405,12 +409,7 @@ class Scheduler:
         self._leaving.append(run)
 
     def _settle(self) -> None:
-        """The last step is done: its prompts can be found by others, and who finished gives back the pages."""
-        if self.tokens:
-            holding = self.running.keys() | {run.id for run in self._leaving}
-            for id, start, n in self._last.prefill:
-                if id in holding:
-                    self.pool.publish(id, start + n)
+        """The last step is done: who finished gives back the pages."""
         self._last = Batch()
         for run in self._leaving:
             self.pool.free(run.id)

@@ -79,6 +79,7 @@ def sweep(wt, u, *, sparsity, n, m, block_size, observe):
     return mask
 
 
+@torch.no_grad()
 def sparsegpt(
     w, hessian, *, sparsity=None, n=None, m=None, block_size=128, damp=0.01, overwrite=False, observe=None
 ):  # fmt: skip
@@ -103,7 +104,7 @@ def sparsegpt(
     args.expect(damp >= 0, "damp", damp, "a number >= 0")
     unseen = hessian.diagonal() == 0
     u = inverse_factor(hessian.to(dtype), damp, overwrite)
-    wt = w.to(dtype).t().contiguous()  # a column of w is a row here: contiguous
+    wt = w.to(dtype).t().clone(memory_format=torch.contiguous_format)  # a column of w is a row here; never w itself
     wt[unseen] = 0
     mask = sweep(wt, u, sparsity=sparsity, n=n, m=m, block_size=block_size, observe=observe)
     del u  # before the results are copied

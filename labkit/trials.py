@@ -53,9 +53,9 @@ def _decode(name, gain, because, values=None, case="Llama-3-8B B=8 L=8192", **op
     return Trial(f"decode: {name}", "flash_decoding", case, gain, because, options, rules)
 
 
-def _paged(name, gain, because, values=None, **options):
+def _paged(name, gain, because, values=None, case="B=8 L=8192 page 16", **options):
     rules = {"kernels.paged_attention:split_config": values} if values else {}
-    return Trial(f"pages: {name}", "paged_attention", "B=8 L=8192 page 16", gain, because, options, rules)
+    return Trial(f"pages: {name}", "paged_attention", case, gain, because, options, rules)
 
 
 def _flat(name, gain, because, values, case="flat QKV M=8"):
@@ -63,9 +63,9 @@ def _flat(name, gain, because, values, case="flat QKV M=8"):
     return Trial(f"flat GEMM: {name}", "flash_decoding_pp", case, gain, because, {}, rules)
 
 
-def _gemv(name, gain, because, values):
+def _gemv(name, gain, because, values, case="gemv FFN1 M=1"):
     rules = {"kernels.flash_decoding_pp:gemv_config": values}
-    return Trial(f"gemv: {name}", "flash_decoding_pp", "gemv FFN1 M=1", gain, because, {}, rules)
+    return Trial(f"gemv: {name}", "flash_decoding_pp", case, gain, because, {}, rules)
 
 
 def _prefill(name, gain, because, values):
@@ -97,6 +97,11 @@ TRIALS = (
     Trial("decode: merge with 4 warps", "flash_decoding", "Llama-3-8B B=1 L=8192", (0.85, 1.0), "The splits of a head "
           "then meet in shared memory, 16 lanes to a bank: some hundred cycles of a short launch.",
           rules={"kernels.flash_decoding:merge_config": {"num_warps": 4}}, launch=1),
+    Trial("decode: merge 32 splits at a time", "flash_decoding", "Llama-3-8B B=1 L=131072", (1.0, 1.05), "The splits "
+          "of a head are read in half as many turns, each of which waits for the L2 cache.",
+          rules={"kernels.flash_decoding:merge_config": {"BLOCK_S": 32}}, launch=1),
+    _decode("split in two, 64 sequences", (0.97, 1.04), "512 programs are 1.3 waves of three an SM. Halves end more "
+            "evenly, and have to be merged.", case="Llama-3-8B B=64 L=8192", num_splits=2),
     Trial("unified: with the running maximum", "flash_decoding_pp", "unified B=16 L=8192", (0.95, 1.0), "The maximum "
           "and the rescaling are hidden behind the reads.", {"synchronised": True}),
     Trial("unified: 8 warps", "flash_decoding_pp", "unified B=16 L=8192", (0.95, 1.02), "Memory decides.",
@@ -106,10 +111,14 @@ TRIALS = (
     _flat("64 tokens a tile for 8", (0.9, 1.0), "As before, and x takes shared memory from w.", {"BLOCK_M": 64}),
     _flat("two stages", (0.75, 0.97), "One tile of w on its way instead of three.", {"num_stages": 2}),
     _flat("64 of K a tile", (0.9, 1.02), "Rows of 128 bytes instead of 256, and twice the turns.", {"BLOCK_K": 64}),
+    _flat("K cut into five", (0.85, 0.98), "320 programs where 264 run at a time: the last 56 have the memory to "
+          "themselves, and cannot keep it busy.", {"SPLIT_K": 5}, case="flat O M=8"),
     _flat("K not cut", (0.4, 0.8), "64 tiles for 132 SMs: half of the GPU has no work.", {"SPLIT_K": 1},
           case="flat O M=8"),
     _gemv("two stages", (0.8, 0.97), "A loop without a dot waits for every tile unless more are on their way.",
           {"STAGES": 2}),
+    _gemv("three stages, 4,096 rows", (1.0, 1.1), "Four stages let seven programs into an SM, so that 1,024 of them "
+          "are more than one wave. Three let nine in.", {"STAGES": 3}, case="gemv FFN2 M=1"),
     _gemv("six stages", (0.97, 1.05), "Three tiles of 8 KiB are on their way in each program already.",
           {"STAGES": 6}),
     _gemv("8 rows a tile", (0.9, 1.05), "Twice the bytes on their way in each program, half as many programs.",
@@ -128,6 +137,9 @@ TRIALS = (
           compiled="bfloat16, [64, 131072]"),
     Trial("norm: 4 warps, 2,048 tokens", "fusion", "add_rmsnorm [2048, 4096]", (0.95, 1.05), "Enough rows to keep "
           "memory busy either way.", rules={"kernels.fusion:row_config": {"num_warps": 4}}),
+    Trial("2:4: K not cut", "pruning", "2:4 gate M=8", (0.8, 1.0), "224 programs where 660 find room: each SM then "
+          "expands for one or two tiles at a time, and waits.", rules={"kernels.pruning:config_24": {"SPLIT_K": 1}},
+          compiled="bfloat16, M=16 [4096, 4096]"),
     Trial("2:4: four stages", "pruning", "2:4 gate M=8", (0.98, 1.08), "The compressed tiles are small. One more fits.",
           rules={"kernels.pruning:config_24": {"num_stages": 4}}, compiled="bfloat16, M=16 [4096, 4096]"),
     Trial("2:4: 256 of K a tile", "pruning", "2:4 gate M=8", (0.9, 1.05), "Wider rows, fewer turns, and half as many "
@@ -152,6 +164,8 @@ TRIALS = (
     _paged("id read in place, five stages", (0.95, 1.02), "More stages give back what the load in the loop took.",
            {"num_stages": 5}, read_ahead=False),
     _paged("four stages", (0.95, 1.03), "As without pages: two tiles are enough.", {"num_stages": 4}),
+    _paged("8 warps, 64 sequences", (0.97, 1.1), "512 programs are 1.3 waves. In the last one the time of a tile "
+           "counts, and twice the warps halve it.", {"num_warps": 8}, case="B=64 L=2048 page 16"),
     Trial("pages: keys not split, a ragged batch", "paged_attention", "page 16", (0.8, 1.0), "The longest sequence has "
           "four times the keys of the mean. While it ends, most SMs have no work.", {"num_splits": 1}),
     Trial("pages: each in three pieces, a ragged batch", "paged_attention", "page 16", (0.9, 1.0), "Short sequences "
@@ -174,8 +188,8 @@ TRIALS = (
     _prefill("two programs an SM", (0.7, 1.1), "While one computes its softmax the other multiplies. But 64 queries "
              "fetch every key that 128 fetched, and the L2 cache may not deliver that.",
              {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}),
-    _prefill("three stages", (0.97, 1.03), "One tile of 128 keys takes longer to compute than to fetch.",
-             {"num_stages": 3}),
+    _prefill("two stages", (0.75, 0.95), "A tile is asked for when the one before it is multiplied with its values, "
+             "and that product alone is shorter than the fetch of 64 KiB.", {"num_stages": 2}),
     Trial("ragged: 32 keys a tile", "batching", "32 decodes + chunk of 512", (0.8, 1.0), "The output is rescaled twice "
           "as often: a fifth more instructions for a key.", rules={"kernels.batching:ragged_config": {"BLOCK_N": 32}}),
     Trial("ragged: keys not split, one decode", "batching", "1 decode of 32768", (0.1, 0.25), "Eight programs for 132 "

@@ -330,6 +330,16 @@ def test_floor_counts_operations_where_they_take_longer(topic):
     assert both.share("case 0") == pytest.approx(0.5)
 
 
+def test_a_floor_is_that_of_the_cases_own_run(topic):
+    """Two runs with copies of 0.5 and 2 us: each case keeps the limit of its own."""
+    old = [replace(row, date="2026-01-01 00:00:00") for row in bench.measure_ceilings("doubling", machine(2.0, 1000.0)) + measured(topic, 2000.0)]
+    new = [replace(row, case="case 1", date="2026-02-01 00:00:00") if row.case == "case 0" else replace(row, date="2026-02-01 00:00:00")
+           for row in bench.measure_ceilings("doubling", machine(0.5, 1000.0)) + measured(topic, 2000.0)]  # fmt: skip
+    one = doubling_cases()[0]
+    both = Comparison("doubling", [one, replace(one, name="case 1")], old + new, {})
+    assert both.floor("case 0") == pytest.approx(4 * both.floor("case 1"))
+
+
 def test_time_budget_of_a_live_bench(topic, monkeypatch):
     monkeypatch.setattr(bench, "this_gpu", lambda: machine(1.0))
     live = bench.bench("doubling", topic, seconds=0)
@@ -891,12 +901,13 @@ def test_gpu_timer(monkeypatch, graph, refuse, mode, us):
     assert 1e3 <= per_replay < 1e3 + 4 * us  # one replay is a millisecond, not much more
 
 
-def test_enough_copies_for_a_cold_cache():
+def test_enough_copies_for_a_cold_cache(monkeypatch):
+    monkeypatch.setattr(timing, "cold_bytes", lambda: 200e6)
     assert [timing.num_copies(n) for n in (1_000_000, 199_999_999, 200_000_000, 10**10)] == [200, 2, 2, 1]
 
 
 def test_many_copies_are_replayed_less_often(monkeypatch):
-    """A graph of 20,000 calls takes 60 ms: two replays would do for a round of 150 ms, and three are made."""
+    """A graph of 20,000 calls takes 60 ms: one replay would do for a round of 60 ms, and three are made."""
     cuda = FakeCuda(3.0)
     monkeypatch.setattr(timing.torch, "cuda", cuda)
     sample, mode = timing.gpu_timer([cuda.call] * 20_000)

@@ -61,6 +61,7 @@ def test_a_reference_with_nan_lets_nothing_pass(where):
 
 def test_shape_dtype_and_kind():
     assert "shape (2,), expected (3,)" in str(verdict(third(X)[:2]))
+    assert "shape (1, 3), expected (3,)" in str(verdict(third(X)[None]))
     assert "shape list, expected (3,)" in str(verdict([third(X).tolist()]))
     assert "dtype torch.float64, expected torch.float32" in str(verdict(third(X).double()))
 
@@ -71,6 +72,19 @@ def test_flags_have_to_be_equal():
 
     assert verdict(X > 1, flags).ok
     assert not verdict(X > 2, flags).ok
+    assert "dtype torch.uint8, expected torch.bool" in str(verdict((X > 1).byte(), flags))
+
+
+def test_a_reference_that_overflows_lets_nothing_pass():
+    """An infinite yardstick would make anything right, NaN too."""
+
+    def square(x):
+        return x * x
+
+    x = torch.tensor([300.0, 1.0]).half()
+    for got in (x * math.nan, square(x), torch.ones_like(x)):
+        assert "overflows" in str(verdict(got, square, x))
+        assert not verdict(got, square, x).ok
 
 
 def test_every_output_counts():
@@ -92,12 +106,16 @@ def test_nothing_is_right_about_nothing():
 PLANTED_BUGS = [
     ("labkit/check.py", "2 * self.yardstick + 1e-5", "3 * self.yardstick + 1e-5"),
     ("labkit/check.py", "2 * self.yardstick + 1e-5", "1.5 * self.yardstick + 1e-5"),
-    ("labkit/check.py", ".nan_to_num(nan=float(\"inf\"))", ".nan_to_num(nan=0.0)"),
+    ("labkit/check.py", 'nan_to_num(nan=float("inf")', "nan_to_num(nan=0.0"),
+    ("labkit/check.py", ', posinf=float("inf")', ""),
+    ("labkit/check.py", "if yardstick == inf:", "if False:"),
+    ("labkit/check.py", "got.shape != truth.shape", "got.numel() != truth.numel()"),
     ("labkit/check.py", "torch.where(x == truth, 0.0, (x - truth).abs())", "(x - truth).abs()"),
     ("labkit/check.py", "if truth.isnan().any() or plain.isnan().any():", "if truth.isnan().any():"),
     ("labkit/check.py", "if truth.isnan().any() or plain.isnan().any():", "if False:"),
-    ("labkit/check.py", "if got.dtype != plain.dtype:", "if False:"),
+    ("labkit/check.py", "        if got.dtype != plain.dtype:", "        if False:"),
+    ("labkit/check.py", "has NaN\")\n    if got.dtype != plain.dtype:", "has NaN\")\n    if False:"),
     ("labkit/check.py", "same = bool((got == truth).all())", "same = True"),
     ("labkit/check.py", "if len(got) != len(truth):", "if False:"),
-    ("labkit/check.py", "_max_error(plain, truth))", "_max_error(got, truth))"),
+    ("labkit/check.py", "yardstick = _max_error(plain, truth)", "yardstick = _max_error(got, truth)"),
 ]

@@ -211,6 +211,17 @@ def test_gradient_by_differences(kind):
     assert torch.autograd.gradcheck(loss, z.requires_grad_())
 
 
+@pytest.mark.parametrize("view", [
+    lambda x: x[:, ::3][:, :2], lambda x: x[:, -2:], lambda x: x[:1, :1].expand(4, 2), lambda x: x[:, :2].t().reshape(2, 4).t(),
+])  # fmt: skip
+def test_labels_lie_anyhow(view, device):
+    """Views: some apart, the last of each row, one for all, transposed."""
+    labels = torch.tensor(np.random.default_rng(0).choice([-100, 3, 40], (4, 9)), device=device)
+    z, t = logits(4, 2, 50, device=device)
+    want = ref.kd_loss_and_grad(z, t, view(labels).contiguous(), ce_weight=0.5)
+    torch.testing.assert_close(kd.kd_loss_and_grad(z, t, view(labels), ce_weight=0.5), want)
+
+
 @pytest.mark.parametrize("room", [ref, kd])
 @pytest.mark.parametrize("kind", kd.KINDS)
 def test_a_row_left_out_reaches_nothing(kind, room):
@@ -232,6 +243,9 @@ BAD = {
     "temperature 0": (dict(temperature=0.0), "temperature"),
     "temperature below 0": (dict(temperature=-1.0), "temperature"),
     "temperature NaN": (dict(temperature=math.nan), "temperature"),
+    "temperature in words": (dict(temperature="2"), "temperature"),
+    "no weight": (dict(ce_weight=None), "ce_weight"),
+    "no beta": (dict(beta=None), "beta"),
     "unknown kind": (dict(kind="kl"), "kind"),
     "weight without labels": (dict(ce_weight=0.5), "labels"),
     "negative weight": (dict(ce_weight=-0.5, labels=torch.tensor([0, 1])), "ce_weight"),
@@ -283,5 +297,6 @@ PLANTED_BUGS = [
     ("labkit/distillation.py", "there = logp > -math.inf\n", "there = logp > math.inf\n"),
     ("labkit/distillation.py", "rows.sum() / keep.sum().clamp(min=1)", "rows.mean()"),
     ("labkit/distillation.py", "teacher_logits.detach()", "teacher_logits"),
+    ("kernels/distillation.py", "labels.reshape(-1).contiguous()", "labels.reshape(-1)"),
     ("labkit/distillation.py", "torch.where(keep.unsqueeze(-1), x, 0.0)", "x"),
 ]

@@ -34,7 +34,7 @@ PLANTED_BUGS = [
     ("kernels/flash_decoding_pp.py", "step = tl.full((), BLOCK_K, tl.int64)", "step = BLOCK_K"),
     ("kernels/flash_decoding_pp.py", "tl.store(arrived_ptr, 0)", "tl.store(arrived_ptr, 1)"),
     ("kernels/flash_decoding_pp.py", "== SPLIT_K - 1:", "== SPLIT_K - 2:"),
-    ("kernels/flash_decoding_pp.py", "for s in range(SPLIT_K):", "for s in range(SPLIT_K - 1):"),
+    ("kernels/flash_decoding_pp.py", "for s in range(1, SPLIT_K):", "for s in range(1, SPLIT_K - 1):"),
     ("kernels/flash_decoding_pp.py", "EVEN_K=k % config[\"BLOCK_K\"] == 0", "EVEN_K=True"),
     ("labkit/args.py", "return max(float(bounds[0]), low), min(float(bounds[1]), high)",
      "return float(bounds[0]), float(bounds[1])"),
@@ -96,6 +96,16 @@ def test_rows_within_bounds_do_not_depend_on_their_neighbours(device):
     o, recomputed = pp.unified_decoding(q, k, v, kv_lens, phi=0.0, bounds=(-30.0, 30.0), num_splits=2)
     assert recomputed.tolist() == [[False, False, True, False]]
     assert torch.equal(o[0, [0, 1, 3]], quiet[0, [0, 1, 3]])
+
+
+def test_large_scores_in_fp16(device):
+    """|q.k| is beyond fp16, the scaled score is not: it must not be rounded before it is scaled."""
+    q, k = torch.full((1, 2, 128), 30.0, device=device).half(), torch.full((1, 3, 1, 128), 30.0, device=device).half()
+    v, kv_lens = torch.arange(384.0, device=device).view(1, 3, 1, 128).half(), torch.tensor([3], dtype=torch.int32, device=device)
+    for room in (ref, pp):
+        o, again = room.unified_decoding(q, k, v, kv_lens, phi=0.0, bounds=(-9.0, 11.0))
+        assert again.all()
+        torch.testing.assert_close(o, v.mean(1).expand(1, 2, 128), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("sm_scale", [0.0, -0.1, float("nan"), "x"])
@@ -181,10 +191,10 @@ def test_flat_gemm(case, pad, device, monkeypatch):
 
 
 def test_flat_gemm_cuts_k_where_n_is_small(monkeypatch):
-    """On 132 SMs; more programs than two an SM are not wanted, nor pieces of K shorter than four blocks."""
+    """On 132 SMs: as many programs as run at a time, two an SM, and no piece of K shorter than four blocks."""
     monkeypatch.setattr(pp, "device_properties", lambda: {"multiprocessor_count": 132, "max_shared_mem": 232_448})
     split = lambda m, n, k: pp.flat_config(BF16, m, n, k)["SPLIT_K"]  # noqa: E731
-    assert [split(8, n, 4096) for n in (64, 4096, 12288, 32000)] == [8, 5, 2, 1]
+    assert [split(8, n, 4096) for n in (64, 4096, 12288, 32000)] == [8, 4, 1, 1]
     assert split(8, 64, 128) == split(8, 64, 1) == 1
     assert [pp.flat_config(BF16, m, 4096, 4096)["BLOCK_M"] for m in (1, 8, 9, 33, 65)] == [8, 8, 16, 64, 64]
 

@@ -309,6 +309,20 @@ def test_spellings_of_attention(name):
             fused(x[:, :4])
 
 
+def test_a_random_scale_is_no_constant():
+    """Drawn anew in every call: it must not be taken from the first one, wherever it stands."""
+    random = scored(lambda q, k, v, m: torch.softmax(q @ k.mT * (DIM**-0.5 * torch.rand(())), -1) @ v)
+    module = initialised(Module(random, **dict.fromkeys("qkv", (HEADS * DIM, WIDTH))), F32)
+    x = normal(2, LEN, WIDTH)
+    fused = fuse(module, (x,))
+    assert "attention" not in rules(fused)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        want = module(x)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(fused(x), want)
+
+
 # ---- what must stay
 
 

@@ -5,14 +5,15 @@ import shutil
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from labkit import corpus
 from labkit.attention import attention
-from labkit.check import Verdict
-from labkit.model import Config, Llama, load
+from labkit.check import BF16, Verdict, randn
+from labkit.model import Config, Llama, RMSNorm, load
 
 SMALL = Config(
     vocab_size=99, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
@@ -91,6 +92,15 @@ class Contiguous:
         past = self.kv.get(layer)
         self.kv[layer] = (k, v) if past is None else tuple(torch.cat(pair, dim=1) for pair in zip(past, (k, v)))
         return attention(q, *self.kv[layer])
+
+
+def test_the_norm_is_taken_in_fp32():
+    norm = RMSNorm(96, 1e-6)
+    x = randn(np.random.default_rng(2), 7, 96, dtype=BF16) * 30
+    norm.weight.data = randn(np.random.default_rng(3), 96).to(BF16)
+    x64 = x.double()
+    want = x64 * (x64.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    torch.testing.assert_close(norm(x), want.to(BF16) * norm.weight, rtol=0, atol=0)
 
 
 class Paged:

@@ -49,7 +49,7 @@ ALL = {
     "predict": lambda: player.predict("speed-up", "How many times faster?", "x"),
     "reveal": lambda: player.reveal("speed-up", 8.3, "x", source="H200, 2026-01-01"),
     "nothing recorded": lambda: player.reveal("speed-up", None, "x", source="No measurement yet."),
-    "published": lambda: player.reveal("speed-up", None, "x", source="No measurement yet.", published=(35.7, "One A100.")),
+    "published": lambda: player.reveal("speed-up", None, "x", source="No measurement yet.", until=("Published", 35.7, "One A100.")),
 }
 every = pytest.mark.parametrize("make", ALL.values(), ids=ALL)
 
@@ -69,10 +69,10 @@ def test_same_call_same_bytes_and_self_contained(make):
     assert 'role="group"' in html
 
 
-def test_a_published_answer_stands_in_for_a_record():
-    assert repr(ALL["published"]()) == "Published, not ours: 35.7 x. One A100."
-    assert data(ALL["published"]()._repr_html_())["answer"] == 35.7
-    kept = player.reveal("speed-up", 8.3, "x", source="H200", published=(35.7, "One A100."))
+def test_a_number_stands_in_for_a_record_and_judges_nobody():
+    assert repr(ALL["published"]()) == "Published: 35.7 x. One A100."
+    assert data(ALL["published"]()._repr_html_())["answer"] is None
+    kept = player.reveal("speed-up", 8.3, "x", source="H200", until=("Published", 35.7, "One A100."))
     assert repr(kept) == "Recorded: 8.3 x. H200"
 
 
@@ -242,7 +242,7 @@ def test_in_a_browser(sample):
         ("-0.5", "0.12", "That is 0.62 too low."),
         ("0", "0.12", "That is 0.12 too low."),
         ("3", "0", "That is 3 too high."),
-        ("3", "null", "Nothing to compare it with yet."),
+        ("3", "null", "Nobody has measured that yet."),
     ],
 )
 def test_verdict_on_a_prediction(yours, answer, verdict, tmp_path):

@@ -92,6 +92,10 @@ def test_hash_kept(lab, file, old, new):
         ("tiles.py", "        return x + x\n    return", "        return x + x\n        return"),
         ("tiles.py", "* factor", "+ factor"),
         ("constants.py", "FACTOR = 3", "FACTOR = 5"),
+        ("constants.py", "FACTOR = 3", "FACTOR = 3\nFACTOR += 1"),
+        ("constants.py", "FACTOR = 3", "FACTOR = 3\nif OTHER:\n    FACTOR = 5"),
+        ("constants.py", "FACTOR = 3", "FACTOR = 3\nif OTHER:\n    pass\nelse:\n    FACTOR = 5"),
+        ("constants.py", "FACTOR = 3", "FACTOR = 3\ntry:\n    pass\nexcept OSError:\n    FACTOR = 5"),
     ],
 )
 def test_hash_changed(lab, file, old, new):
@@ -124,12 +128,16 @@ def test_public_function_reaches_rule_and_kernels(lab):
 
 def test_checks_decide_no_result(lab, monkeypatch):
     """Of the file of checks, what returns nothing is left out; what returns a value may decide a result."""
+
+    def changes_the_hash(returns):
+        plain, other = (lab("tiles.py", "def twice(x):", f"def twice(x) -> {returns}:{body}", root="kernel:scale")
+                        for body in ("", "\n    return 0"))  # fmt: skip
+        return plain != other
+
+    assert changes_the_hash("None"), "another file"
     monkeypatch.setattr(provenance, "_CHECKS", "tiles")
-    whole = lab(root="kernel:scale")
-    assert lab("tiles.py", "def twice(x)", "def twice(x) -> int", root="kernel:scale") != whole
-    without = lab("tiles.py", "def twice(x)", "def twice(x) -> None", root="kernel:scale")
-    assert without != whole
-    assert lab("tiles.py", "def twice(x):", "def twice(x) -> None:\n    return 0", root="kernel:scale") == without
+    assert not changes_the_hash("None")
+    assert changes_the_hash("int")
 
 
 def test_hash_holds_extra(lab):
@@ -188,3 +196,14 @@ def test_equal_on_every_python(tmp_path, monkeypatch):
     body = """return f"{x!r:>{WIDTH}} {f'{x}'}" "b"  # end"""
     (tmp_path / "f.py").write_text(f'WIDTH = 8\ndef f(x):\n    """Doc."""\n    {body}\n')
     assert provenance.source_hash("f:f") == "5c359addc8d401af"
+
+
+PLANTED_BUGS = [
+    ("labkit/provenance.py", "(ast.Assign, ast.AnnAssign, ast.AugAssign)", "(ast.Assign, ast.AnnAssign)"),
+    ("labkit/provenance.py", 'for field in ("body", "orelse", "finalbody"):', "for field in ():"),
+    ("labkit/provenance.py", "self._collect(handler.body)", "pass"),
+    ("labkit/provenance.py", 'ast.unparse(node.returns) in ("None", "NoReturn")', "True"),
+    ("labkit/provenance.py", "if module.name == _CHECKS and all", "if all"),
+    ("labkit/provenance.py", "if module.name == _CHECKS and all(", "if False and all("),
+    ("labkit/provenance.py", "set(target.defined) - _DECLARATIONS", "set(target.defined)"),
+]

@@ -51,6 +51,8 @@ PLANTED_BUGS = [
     ("kernels/pruning.py", "(offs_k >= cut)", "(offs_k > cut)"),
     ("kernels/pruning.py", "for b in range(31):", "for b in range(30):"),
     ("kernels/pruning.py", "bits = tl.where(mask, bits, 0x7FFFFFFF)", "bits = tl.where(mask, bits, 0)"),
+    ("labkit/sparsegpt.py", ".t().clone(memory_format=torch.contiguous_format)", ".t().contiguous()"),
+    ("labkit/prune.py", 'method != "sparsegpt" or m is None', "m is None"),
     ("labkit/masks.py", "equal.cumsum(-1) > (", "equal.cumsum(-1) >= ("),
     ("labkit/masks.py", "(other <= mine) if j < i", "(other < mine) if j < i"),
     ("labkit/masks.py", "x.float().square().sum((0, 1)) / len(x)", "x.float().square().mean((0, 1))"),
@@ -318,7 +320,7 @@ def test_k_is_cut_where_n_is_small(monkeypatch):
     """On the 132 SMs of an H200."""
     monkeypatch.setattr("kernels.flash_decoding_pp.device_properties", lambda: {"multiprocessor_count": 132})
     cut = lambda m, n, k: kp.config_24(BF16, m, n, k)["SPLIT_K"]  # noqa: E731
-    assert [cut(8, n, 4096) for n in (64, 4096, 14336, 128256)] == [8, 5, 2, 1]
+    assert [cut(8, n, 4096) for n in (64, 4096, 14336, 128256)] == [8, 8, 2, 1]
 
 
 # ---- SparseGPT
@@ -407,6 +409,18 @@ def test_hessian_counts_sequences():
         torch.testing.assert_close(hessian.value, want)
 
 
+@pytest.mark.parametrize("shape", [(8, 4), (8, 1), (1, 8)])
+def test_sparsegpt_leaves_its_arguments(shape):
+    """Also where the weights lie as its own copy of them would: transposed (a Conv1D's), or a single row or column."""
+    for w in (tensor(*shape).t(), torch.nn.Parameter(tensor(*shape))):
+        x = tensor(16, w.shape[1])
+        hessian, kept = x.t() @ x, w.detach().clone()
+        w_new, _ = ref.sparsegpt(w, hessian, sparsity=0.5)
+        assert torch.equal(w, kept)
+        assert not torch.equal(w_new, kept)
+        assert not w_new.requires_grad
+
+
 def test_bad_sparsegpt_is_named():
     w, h = torch.ones(3, 8), torch.eye(8)
     for name, given, options in (
@@ -489,6 +503,16 @@ def test_prune_by_magnitude_needs_no_text():
     assert torch.equal(dense.embed_tokens.weight, model.embed_tokens.weight)
     nm = ref.prune(small_model(), "magnitude", n=2, m=4, **QUIET).layers[0].mlp.up_proj.weight
     assert ((nm.view(-1, 4) != 0).sum(1) == 2).all()
+
+
+def test_only_sparsegpt_has_blocks_of_columns():
+    odd = dict(n=2, m=4, block_size=6, **QUIET)
+    for method in ("magnitude", "wanda"):
+        got = ref.prune(small_model(), method, small_batches(), **odd)
+        want = ref.prune(small_model(), method, small_batches(), n=2, m=4, **QUIET)
+        assert all(torch.equal(a, b) for a, b in zip(got.parameters(), want.parameters(), strict=True))
+    with pytest.raises(ValueError, match=r"^block_size: got 6, expected a multiple of m = 4"):
+        ref.prune(small_model(), "sparsegpt", small_batches(), **odd)
 
 
 def test_prune_goes_on_where_it_stopped(tmp_path, monkeypatch):
@@ -636,6 +660,15 @@ def test_llm_pruner_removes_the_least_important_groups(order, kv_heads):
                 if linear.bias is not None and dim == 0:
                     assert torch.equal(linear.bias, whole.bias.view(count, size)[keep].flatten())
     assert pruned(batches[0]).isfinite().all()
+
+
+def test_llm_pruner_needs_no_gradients_switched_on():
+    model, batches = small_model(layers=3), small_batches()
+    want = ref.llm_pruner(model, batches, ratio=0.4)
+    with torch.no_grad():
+        got = ref.llm_pruner(model, batches, ratio=0.4)
+    for a, b in zip(want.parameters(), got.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_random_pruning_is_seeded_and_counts_as_the_official_code():

@@ -138,6 +138,7 @@ class KernelExercise(Exercise):
         text = textwrap.dedent(inspect.getsource(getattr(fn, "fn", fn)))
         if "raise NotImplementedError" in text:
             return dict.fromkeys(self.cases, "not written yet")
+        importlib.import_module("kernels._tile")  # in its interpreter what a mask leaves out is undefined
         found = super().failures(fn)
         if not found and self.runs_compiled:
             if text not in self._known:

@@ -85,6 +85,7 @@ def _(fn):
         ("square += x * x", "square = x * x", "only the last tile is summed"),
         ("tl.sum(square, 0) / n", "tl.sum(square, 0) / BLOCK", "the mean over a tile instead of the row"),
         ("cols < n, other=0.0)", "cols < n + 1, other=0.0)", "the neighbour's first number is summed as well"),
+        ("cols < n, other=0.0)", "cols < n)", "masked lanes hold anything, and are summed"),
         ("x = tl.load(x_ptr + cols, mask=cols < n)", "x = tl.load(x_ptr + cols)",
          "the second pass reads past the end: only the compiled run sees it"),
         ("x_ptr += row * stride", "x_ptr += row * n", "the stride is taken for the width"),

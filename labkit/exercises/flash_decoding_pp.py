@@ -114,6 +114,7 @@ def _(fn):
         ("(low + high - a - b) / 2", "high", "the ordinary maximum: every exponent is negative"),
         ("(low + high - a - b) / 2", "(low + high) / 2", "right only for bounds around 0"),
         ("high - low < b - a", "True", "a range that does not fit is not noticed"),
+        ("high - low < b - a", "high - low <= b - a", "a range as wide as the bounds touches them"),
     ],
 )
 def choose_phi(low, high, a, b):
@@ -142,6 +143,11 @@ def _(fn):
 @choose_phi.case("OPT-6.7B does not fit fp32")
 def _(fn):
     expect(fn(-496.8, 363.5, -80.0, 60.0), None, "phi")
+
+
+@choose_phi.case("a range exactly as wide as the bounds: they are strict")
+def _(fn):
+    expect(fn(0.0, 20.0, -9.0, 11.0), None, "phi")
 
 
 @exercise(

@@ -25,7 +25,7 @@ def fused_bytes(ops, sizes, wanted):
 
     ops: [(inputs, output)] in order, tensors by name. sizes: {name: bytes}. wanted: the set of
     names that are used after the chain. A tensor is read at most once, however many operations
-    use it. Returns a number of bytes.
+    use it, and made at most once, before it is used. Returns a number of bytes.
     """
     made, read = set(), set()
     # >>> your code
