@@ -5,7 +5,8 @@
 #   make metal    all that needs a GPU: its tests, record, tune, notebooks, sanitizer
 #   make compiled run what the kernels compile to, on the CPU
 #   make experiments, make train: the long CPU runs
-# TORCH_INDEX=<url> takes torch from another wheel index, PYTHON=<python> another interpreter.
+# TORCH_INDEX=<url> takes torch from another wheel index, PYTHON=<python> another interpreter: when .venv is made, so
+# remove it first to change one of them.
 
 PYTHON ?= python3
 PY := .venv/bin/python

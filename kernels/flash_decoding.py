@@ -344,6 +344,7 @@ def flash_decoding(q, k, v, kv_lens, *, num_splits=None, sm_scale=None, one_laun
 
     q [B, Hq, D]; k, v [B, L, Hkv, D], Hq a multiple of Hkv, any strides; fp16, bf16 or fp32; D up to 256.
     kv_lens [B] int32 on q's device: sequence b reads keys [0, kv_lens[b]). sm_scale > 0 defaults to D ** -0.5.
+    Scaled scores have to stay below 2^24 in size, as in all kernels of the lab: beyond, fp32 has no fractions left.
     num_splits 1 is FlashAttention-2's decoding (one program a KV head); None leaves it to `labkit.splits.choose`.
     one_launch: the last program to arrive merges, instead of a second kernel.
 

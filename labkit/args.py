@@ -95,7 +95,8 @@ def decode(q, k, v, kv_lens, dtypes=FLOATS) -> tuple[int, int, int, int, int]:
 
 def num_splits(count: int | None) -> None:
     """Check num_splits: None, or an int of at least 1."""
-    expect(count is None or (isinstance(count, int) and count >= 1), "num_splits", count, "None or an int >= 1")
+    ok = count is None or (isinstance(count, int) and not isinstance(count, bool) and count >= 1)
+    expect(ok, "num_splits", count, "None or an int >= 1")
 
 
 def prefill(q, k, v, kv_lens, causal, window, num_sinks, dtypes=FLOATS) -> tuple[int, int, int, int, int, int]:

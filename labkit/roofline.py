@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from labkit import bench, player, plot
 from labkit.gpus import GPUS
+from labkit.provenance import source_hash
 from labkit.record import find
 from labkit.show import html_table
 
@@ -61,13 +62,15 @@ def attainable(gpu, intensity):
 
 
 def points(gpu="H200", results=None):
-    """A `Point` for each of OPERATIONS, SwiGLU in two kernels before it in one; us from the record of that GPU."""
+    """A `Point` for each of OPERATIONS, SwiGLU in two kernels before it in one; us from the record of that GPU, if the
+    kernel has not changed since."""
     found = []
     for words, topic, name, chapter, side in OPERATIONS:
         case = next(case for case in bench.topic_cases(topic) if case.name == name)
         flops = case.flops or count(_traced(getattr(bench.topic_module(topic), case.op), _inputs(case), split=True))
         rows = find(topic, f"NVIDIA {gpu}", results)
-        us = next((median(row.us) for row in rows if (row.case, row.provider) == (name, case.op) and row.us), None)
+        wanted = (name, case.op, source_hash(f"kernels.{topic}:{case.op}", extra={}))
+        us = next((median(r.us) for r in rows if (r.case, r.provider, r.source_hash) == wanted and r.us), None)
         found.append(Point(words, topic, name, chapter, side, case.bytes, flops, us))
         if case.op in LAUNCHED:
             apart = moved(_traced(LAUNCHED[case.op], _inputs(case)))

@@ -2,12 +2,14 @@
 
 import random
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from browser import chromium, operate, page
 from bs4 import BeautifulSoup
 
+import kernels.gqa
 from labkit import bench, fusion, gqa, paged_attention, pruning, record, roofline, simulator, step_map, step_model
 from labkit.gpus import GPUS
 from labkit.model import Config, Llama
@@ -169,6 +171,13 @@ def test_what_an_operation_counts():
     assert roofline.count(roofline._traced(fusion.softmax, {"x": x}, split=True)) > 3 * 12
 
 
+def test_every_chapter_has_a_place_on_the_map():
+    """And nothing else: the map, and so the tables of What to use when, follow the book's table of contents."""
+    listed = re.findall(r"file: chapters/(\d\d_\w+)", (ROOT / "_toc.yml").read_text())
+    assert [file for file, _ in step_map.CHAPTERS.values()] == listed
+    assert list(step_map.CHAPTERS) == [int(file[:2]) for file in listed]
+
+
 def test_roofs():
     for gpu in GPUS.values():
         ridge = gpu.flops_per_byte
@@ -178,9 +187,12 @@ def test_roofs():
 
 
 def test_a_recorded_point(tmp_path):
-    """Its time is the median of our own kernel, on that GPU; a peer, another GPU or a row that did not run is none."""
+    """Its time is the median of our own kernel as it is, on that GPU; a peer, another GPU, a row that did not run or
+    an older kernel is none."""
     (prefill,) = (o for o in roofline.OPERATIONS if o[0] == "prefill attention")
-    shared = record.stamp("NVIDIA H200") | {"source_hash": ""}
+    (case,) = (case for case in bench.topic_cases("gqa") if case.name == prefill[2])
+    digest = bench.hashes([case], kernels.gqa)[case.name, "attention"]
+    shared = record.stamp("NVIDIA H200") | {"source_hash": digest}
     us = {"SDPA flash": [1.0], "attention": [50.0, 70.0, 60.0]}
     rows = [record.Row("gqa", prefill[2], name, True, x, 1, 0.0, "ok: -", "graph", **shared) for name, x in us.items()]
     rows += [record.Row("gqa", roofline.OPERATIONS[2][2], "gqa_decoding", False, [], 1, 0.0, "not run: -", "", **shared)]
@@ -191,6 +203,8 @@ def test_a_recorded_point(tmp_path):
     figure = roofline.draw(roofline.points(results=tmp_path), name="fig-t", caption="c", alt="a b c d e")
     bare = roofline.draw(roofline.points("B200", tmp_path), name="fig-t", caption="c", alt="a b c d e")
     assert figure.png != bare.png
+    record.save([replace(row, source_hash="0" * 16) for row in rows], tmp_path / "nvidia-h200" / "gqa.json")
+    assert not any(point.us for point in roofline.points(results=tmp_path)), "of older code"
 
 
 def test_in_a_browser(tmp_path):
