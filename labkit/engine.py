@@ -137,6 +137,13 @@ class Engine:
     def is_over(self, id) -> bool:
         return self.state(id) in ("finished", "cancelled")
 
+    def finish_reason(self, id) -> str | None:
+        """"stop": its last token is one that ends a text; "length": it has max_new_tokens; "cancelled". None: not yet."""
+        state, job = self.state(id), self._jobs[id]
+        if state != "finished":
+            return state if state == "cancelled" else None
+        return "stop" if job.tokens[-1] in job.stop else "length"
+
     def output(self, id) -> list[int]:
         """The tokens generated so far."""
         self.scheduler.state(id)  # raises for an unknown id

@@ -256,6 +256,24 @@ def test_stop_tokens():
     assert ends.generate([prompt], max_new_tokens=12, stop=()) == [text]
 
 
+def test_why_a_text_ended():
+    """Its last token may end it and be the last that was asked for: that is a stop."""
+    prompt, text = (1, 2, 3), alone((1, 2, 3), 12)
+    first = text.index(text[4]) + 1
+    engine = Engine(tiny(), num_pages=99)
+    ends = {n: engine.add(prompt, n, stop=[text[4]]) for n in (first - 1, first, first + 1)}
+    cancelled = engine.add(prompt, 5)
+    assert engine.finish_reason(ends[first]) is None
+    engine.step()
+    engine.cancel(cancelled)
+    while not all(map(engine.is_over, ends.values())):
+        engine.step()
+    assert [engine.finish_reason(id) for id in ends.values()] == ["length", "stop", "stop"]
+    assert engine.finish_reason(cancelled) == "cancelled"
+    with pytest.raises(ValueError, match="^id: got 77"):
+        engine.finish_reason(77)
+
+
 def test_generate_takes_lengths_arrays_and_seeds():
     engine = Engine(tiny(), num_pages=20)
     prompts = [np.array([1, 2, 3]), torch.tensor([4, 5]), (6,)]
@@ -708,6 +726,8 @@ PLANTED_BUGS = [
     ("labkit/engine.py", "uniform(job.seed, len(job.tokens))", "uniform(job.seed, len(job.tokens) - job.prompt_len)"),
     ("labkit/engine.py", "ending = set(batch.ending).union(batch.decode)", "ending = {id for id, _, _ in rows}"),
     ("labkit/engine.py", "self.scheduler.abandon()", "pass"),
+    ("labkit/engine.py", 'return "stop" if job.tokens[-1] in job.stop', 'return "stop" if job.tokens[-1] not in job.stop'),
+    ("labkit/engine.py", 'return state if state == "cancelled" else None', "return None"),
     ("labkit/engine.py", "model.norm.weight, eps=model.norm.eps)[0]", "model.norm.weight)[0]"),
     ("labkit/engine.py", "job.seed = id if job.seed is None", "job.seed = 0 if job.seed is None"),
     ("labkit/scheduler.py", "[*self._last.decode, *(id for id, _, _ in self._last.prefill)]", "self._last.decode"),
