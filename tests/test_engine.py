@@ -270,7 +270,7 @@ def test_why_a_text_ended():
         engine.step()
     assert [engine.finish_reason(id) for id in ends.values()] == ["length", "stop", "stop"]
     assert engine.finish_reason(cancelled) == "cancelled"
-    with pytest.raises(ValueError, match="^id: got 77"):
+    with pytest.raises(ValueError, match=r"^id: got 77"):
         engine.finish_reason(77)
 
 
