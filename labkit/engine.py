@@ -138,7 +138,7 @@ class Engine:
         return self.state(id) in ("finished", "cancelled")
 
     def finish_reason(self, id) -> str | None:
-        """Why it is over: "stop" (its last token ends a text), "length" (max_new_tokens), "cancelled"; None: it runs."""
+        """Why it is over: "stop" (its last token ends a text), "length" or "cancelled". None: it is not over."""
         state, job = self.state(id), self._jobs[id]
         if state != "finished":
             return state if state == "cancelled" else None
