@@ -755,7 +755,6 @@ PLANTED_BUGS = [
     ("labkit/engine.py", "logits.double() - logits.amax(-1, keepdim=True).double()", "logits.double()"),
     ("labkit/torch_ops.py", "in_order = rows == list(range(rows[0], rows[0] + len(rows)))", "in_order = True"),
     ("labkit/torch_ops.py", "if bool((slots < 0).any()):", "if False:"),
-    ("labkit/scheduler.py", "holding = self.running.keys() | {run.id for run in self._leaving}", "holding = self.running.keys()"),
     ("labkit/scheduler.py", "        self._last = Batch()\n        self.pool.forget_prefixes()", "        self._last = Batch()"),
     ("labkit/scheduler.py", "next(self._numbers))", "len(self._runs))"),
     ("labkit/scheduler.py", "            self.finished.remove(id)\n        del self._runs[id]", "            pass\n        del self._runs[id]"),

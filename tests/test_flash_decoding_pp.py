@@ -30,7 +30,7 @@ PLANTED_BUGS = [
     ("kernels/flash_decoding_pp.py", "if SYNCHRONISED or tripped > 0:", "if SYNCHRONISED:"),
     ("kernels/flash_decoding_pp.py", "stride_rh, tripped > 0)", "stride_rh, tripped > 1)"),
     ("kernels/flash_decoding_pp.py", "p_fp32 = q.dtype == torch.float16", "p_fp32 = False"),
-    ("kernels/flash_decoding_pp.py", "mask_k = (offs_k < k - first)[None, :]", "mask_k = (offs_k < k)[None, :]"),
+    ("kernels/flash_decoding_pp.py", "mask_k = (offs_k < k - first)[None, None, :]", "mask_k = (offs_k < k)[None, None, :]"),
     ("kernels/flash_decoding_pp.py", "step = tl.full((), BLOCK_K, tl.int64)", "step = BLOCK_K"),
     ("kernels/flash_decoding_pp.py", "tl.store(arrived_ptr, 0)", "tl.store(arrived_ptr, 1)"),
     ("kernels/flash_decoding_pp.py", "== SPLIT_K - 1:", "== SPLIT_K - 2:"),

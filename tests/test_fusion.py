@@ -29,7 +29,7 @@ PLANTED_BUGS = [
     ("kernels/fusion.py", "0.5 * (1.0 + tl.erf", "0.5 * (1.01 + tl.erf"),
     ("kernels/fusion.py", "gate, up = gate * rstd, up * rstd", "gate, up = gate * rstd, up"),
     ("kernels/fusion.py", "square += x * x", "square = x * x"),
-    ("kernels/fusion.py", "mask_k = (offs_k < k - first)[None, :]", "mask_k = (offs_k < k)[None, :]"),
+    ("kernels/fusion.py", "mask_k = (offs_k < k - first)[None, None, :]", "mask_k = (offs_k < k)[None, None, :]"),
     ("kernels/fusion.py", "h, x = add_rmsnorm(x, o", "h, _ = add_rmsnorm(x, o"),
     ("kernels/rope.py", "b * cos_b[None, :] + a * sin_b[None, :]", "b * cos_b[None, :] - a * sin_b[None, :]"),
     ("kernels/rope.py", "cos_b = tl.load(cos_ptrs + half * stride_cd", "cos_b = tl.load(cos_ptrs"),

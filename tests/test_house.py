@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from planted_bugs import planted_bugs
 
 ROOT = Path(__file__).parent.parent
 KERNELS = [path for path in (ROOT / "kernels").glob("*.py") if path.name not in ("__init__.py", "__main__.py")]
@@ -106,3 +107,11 @@ def test_pins_agree_with_the_supported_ranges():
     names = {d.split(";")[0].split(">")[0].strip() for d in project["dependencies"]}
     assert names <= set(pins)
     assert project["name"] != "kernels", "that name is taken"
+
+
+@pytest.mark.parametrize("test_file", sorted(Path(__file__).parent.glob("test_*.py")), ids=lambda path: path.stem)
+def test_planted_bugs_apply(test_file):
+    """The text that a planted bug changes stands in its file exactly once: a table does not rot between two runs."""
+    for file, old, new in planted_bugs(test_file):
+        assert (ROOT / file).read_text().count(old) == 1, (file, old)
+        assert old != new

@@ -17,7 +17,7 @@ PLANTED_BUGS = [
     ("labkit/metal.py", "int(any(verdict", "int(all(verdict"),
     ("labkit/metal.py", "        if not dry:\n            row", "        if True:\n            row"),
     ("labkit/metal.py", "if left < LEAST:", "if left < 0:"),
-    ("labkit/metal.py", "if self.tool and not shutil.which(self.tool[0]):", "if False:"),
+    ("labkit/metal.py", "if self.tool and not dry and not shutil.which(self.tool[0]):", "if False:"),
     ("labkit/metal.py", "last = line.strip(\"= \\n\") or last", "last = last or line.strip(\"= \\n\")"),
     ("labkit/metal.py", "if machine is None and not dry:", "if machine is None:"),
 ]
