@@ -95,8 +95,7 @@ def decode(q, k, v, kv_lens, dtypes=FLOATS) -> tuple[int, int, int, int, int]:
 
 def num_splits(count: int | None) -> None:
     """Check num_splits: None, or an int of at least 1."""
-    ok = count is None or (isinstance(count, int) and not isinstance(count, bool) and count >= 1)
-    expect(ok, "num_splits", count, "None or an int >= 1")
+    expect(count is None or (_is_int(count) and count >= 1), "num_splits", count, "None or an int >= 1")
 
 
 def prefill(q, k, v, kv_lens, causal, window, num_sinks, dtypes=FLOATS) -> tuple[int, int, int, int, int, int]:
@@ -142,6 +141,10 @@ def unified(phi: float, bounds: tuple[float, float]) -> tuple[float, float]:
 
 def _is_number(x) -> bool:
     return isinstance(x, numbers.Real) and not isinstance(x, bool)  # numpy's too
+
+
+def _is_int(x) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
 
 
 def linear(x, w, dtypes=FLOATS) -> tuple[int, int, int]:
@@ -228,8 +231,7 @@ def ragged(q, k_pages, v_pages, block_table, q_starts, kv_lens, dtypes=FLOATS) -
 def sinks(num_sinks, window) -> None:
     """Check the sizes of a cache with attention sinks."""
     for name, value, least in (("num_sinks", num_sinks, 0), ("window", window, 1)):
-        is_int = isinstance(value, int) and not isinstance(value, bool)
-        expect(is_int and value >= least, name, value, f"an int >= {least}")
+        expect(_is_int(value) and value >= least, name, value, f"an int >= {least}")
 
 
 def ring(q, k_ring, v_ring, seen, num_sinks, window, cos, sin, dtypes=FLOATS) -> tuple[int, int, int, int]:
@@ -388,7 +390,7 @@ def share(name: str, value, *, below_one=False) -> None:
 
 def n_of_m(n, m, columns: int) -> None:
     """n of m neighbouring columns are kept."""
-    ok = all(isinstance(x, int) and not isinstance(x, bool) for x in (n, m)) and 1 <= n <= m
+    ok = _is_int(n) and _is_int(m) and 1 <= n <= m
     expect(ok, "n, m", (n, m), "two ints, 1 <= n <= m")
     expect(columns % m == 0, "columns", columns, f"a multiple of m = {m}")
 

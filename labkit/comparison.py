@@ -131,15 +131,18 @@ class Comparison:
                 lines.append("Limits measured in the same run: " + ", ".join(map(_rate, limits)) + ".")
             lines += [f"State of the GPU at the start: {r.verdict}." for r in limits if r.verdict]
         if self.changed:
-            lines.append(f"Changed since it was measured, so the figures are of older code: {', '.join(self.changed)}.")
+            lines.append(self._older())
         elif not self.live:
             lines.append("The kernels are unchanged since.")
         return lines
 
     def source(self) -> str:
         """Where and when, in a line: to stand beside a single figure. It says so if the kernels have changed since."""
-        where, *rest = self.provenance()
-        return " ".join([where, *(line for line in rest if line.startswith("Changed"))])
+        where = self.provenance()[0]
+        return f"{where} {self._older()}" if self.changed else where
+
+    def _older(self) -> str:
+        return f"Changed since it was measured, so the figures are of older code: {', '.join(self.changed)}."
 
     def plan(self, section) -> list[list[str]]:
         """Header and one line a case: what it demands, where nothing was measured."""

@@ -549,8 +549,8 @@ def profile_here(ops, comparison):
     if bench.this_gpu():
         return Dataflow.profile(shapes, MS, impls, gpu_timer), f"Measured now on {device_name()}, bf16."
     if timer := recorded_timer(comparison):
-        lines = comparison.provenance()
-        return Dataflow.profile(shapes, MS, list(impls), timer, device=comparison.rows[0].device), lines[0]
+        flow = Dataflow.profile(shapes, MS, list(impls), timer, device=comparison.rows[0].device)
+        return flow, comparison.source()
     where = (
         f"A stand-in: three ways to multiply in torch, timed now on this machine's processor ({device_name()}, fp32, "
         "weights a quarter as wide and as high). No GPU measurement has been recorded."

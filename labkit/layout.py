@@ -7,7 +7,7 @@ from matplotlib.patches import Rectangle
 
 from labkit import plot, splits
 
-PICKED, OTHER, PADDING, SOON = "#d55e00", ("#cfe5f7", "#9fc9ec"), "#e4e7eb", "#ffdcc2"
+PICKED, OTHER, PADDING, SOON = plot.COLORS["orange"], ("#cfe5f7", "#9fc9ec"), "#e4e7eb", "#ffdcc2"
 
 
 def draw(kv_len, num_kv_heads, group, num_splits, config, head_dim, *, page_size=None, picked=(2, 1)):

@@ -22,7 +22,7 @@ from labkit.provenance import ROOT
 SECONDS = 1800.0
 LEAST = 20.0  # a stage is not begun with less
 JOBS = str(max(2, (os.cpu_count() or 2) // 2))
-HANGS = ("-o", "faulthandler_timeout=180", "-o", "faulthandler_exit_on_timeout=true")
+HANGS = ("-o", "faulthandler_timeout=180")
 PYTEST = ("-m", "pytest", "-q", "--on-device", *HANGS)
 TESTS = ("pytest", "xdist", "safetensors", "matplotlib")
 SAMPLE = ("--every", "12")  # under compute-sanitizer all tests would take hours

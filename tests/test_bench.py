@@ -378,11 +378,14 @@ def test_recorded_and_fresh_then_changed(topic, tmp_path):
     assert "Recorded on Test GPU: 2026-01-01 00:00:00 UTC, commit abc" in repr(shown)
     assert repr(shown).endswith("The kernels are unchanged since.")
     assert "not measured (case 1)" in repr(shown)
+    assert shown.source() == shown.provenance()[0]
     topic.double = wrong_double
     changed = bench.bench("doubling", topic)
     assert changed.changed == ["double"]
     assert repr(changed).endswith("so the figures are of older code: double.")
     assert "unchanged" not in repr(changed)
+    assert changed.source().startswith(shown.source())
+    assert changed.source().endswith("so the figures are of older code: double.")
 
 
 def test_the_latest_gpu_is_shown_or_the_one_asked_for(topic, tmp_path):

@@ -255,8 +255,8 @@ PLANTED_BUGS = [
     ("labkit/roofline.py", "min(gpu.bf16_flops, intensity * gpu.bandwidth)", "intensity * gpu.bandwidth"),
     ("labkit/roofline.py", "max(read, made) for name, read, made", "made for name, read, made"),
     ("labkit/roofline.py", 'FREE - {"_to_copy"}', "FREE"),
-    ("labkit/roofline.py", "(r.case, r.provider, r.source_hash) == wanted", "(r.case, r.provider) == wanted[:2]"),
-    ("labkit/roofline.py", "(r.case, r.provider, r.source_hash) == wanted", "(r.case, r.source_hash) == wanted[::2]"),
-    ("labkit/roofline.py", "median(r.us)", "min(r.us)"),
+    ("labkit/roofline.py", "(row.case, row.provider) == (name, case.op)", "row.case == name"),
+    ("labkit/roofline.py", "median(own.us) if fresh", "median(own.us) if own"),
+    ("labkit/roofline.py", "median(own.us)", "min(own.us)"),
     ("labkit/step_map.py", 'aria-label="{what}"><title>{what}', 'aria-label="{words}"><title>{what}'),
 ]
