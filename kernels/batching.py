@@ -25,7 +25,7 @@ def _find_sequence(q_starts_ptr, tile, batch, steps, BLOCK_Q: tl.constexpr):
 
     Sequence b gets the tiles from q_starts[b] // BLOCK_Q + b on. That leaves room for every partial tile, grows with b,
     and needs no table: the sequence is found by halving [low, high) `steps` times. A tile that is left over comes
-    after the last query of its sequence.
+    after the last query of its sequence. As `find_seq_idx` of vLLM's Triton unified attention.
     """
     low, high = 0, batch
     for _ in range(steps):
@@ -105,7 +105,7 @@ def _ragged_kernel(
     tl.store(lse_ptr + rows * stride_lt + head * stride_lh + pid_s * stride_ls, lse, mask=mask_m)
 
 
-def ragged_config(dtype: torch.dtype, head_dim: int, group: int, page_size: int, only_decodes: bool) -> dict:
+def ragged_config(dtype: torch.dtype, head_dim: int, group: int, only_decodes: bool) -> dict:
     """Tile sizes and launch options: those of prefill, or of decoding if no chunk is longer than one token.
 
     group: query heads of a KV head in one tile.
@@ -167,7 +167,7 @@ def ragged_attention(q, k_pages, v_pages, block_table, q_starts, kv_lens, *, num
     # Exact fp32 products are made without the matrix unit and need many registers: at most 16 heads a tile.
     tiles = tiles_per_group(group, 16 if q.dtype == torch.float32 else group)
     group //= tiles
-    config = ragged_config(q.dtype, head_dim, group, page_size, only_decodes)
+    config = ragged_config(q.dtype, head_dim, group, only_decodes)
     # No tile count is needed from the device: partial tiles are at most one a sequence.
     num_tiles, num_heads = num_tokens // config["BLOCK_Q"] + batch, num_kv_heads * tiles
     even = num_splits

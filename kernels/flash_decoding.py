@@ -102,40 +102,48 @@ def store_split(
 
 
 @triton.jit
-def _merge_head(
-    part_o_ptr, stride_ps, stride_pd,  # [S, D] of one head
-    part_lse_ptr, stride_ls,  # [S]
+def _merge_heads(
+    part_o_ptr, stride_pb, stride_ph, stride_ps, stride_pd,  # [B, Hq, S, D]
+    part_lse_ptr, stride_plb, stride_plh, stride_pls,  # [B, Hq, S]
+    o_ptr, stride_ob, stride_oh, stride_od,  # [B, Hq, D] out
+    lse_ptr, stride_lb, stride_lh,  # [B, Hq] out
+    pid_b, head, mask_h,  # head, mask_h [HEADS]
     num_splits,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, MANY_EMPTY: tl.constexpr = False,
 ):  # fmt: skip
-    """Merge the splits of one head: o [BLOCK_D], lse. BLOCK_S of them at a time, with an online softmax over splits.
+    """Merge the splits of some heads and store o and lse. BLOCK_S splits at a time, an online softmax over splits.
 
     MANY_EMPTY: what empty splits hold is not read, for which the other loads wait for lse.
     """
     offs_s = tl.arange(0, BLOCK_S).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-    m = tl.full([1], float("-inf"), tl.float32)
-    l = tl.zeros([1], tl.float32)
-    acc = tl.zeros([BLOCK_D], tl.float32)
+    mask_d = offs_d < HEAD_DIM
+    lse_ptrs = part_lse_ptr + pid_b * stride_plb + head[None, :] * stride_plh
+    part_ptrs = part_o_ptr + pid_b * stride_pb + (head[:, None] * stride_ph + offs_d[None, :] * stride_pd)[None, :, :]
+    m = tl.full(head.shape, float("-inf"), tl.float32)
+    l = tl.zeros(head.shape, tl.float32)
+    acc = tl.zeros([head.shape[0], BLOCK_D], tl.float32)
     for s in range(0, num_splits, BLOCK_S):
-        mask_s = s + offs_s < num_splits
+        mask = (s + offs_s < num_splits)[:, None] & mask_h[None, :]
         # .cg: read from L2, where the other programs' stores are seen
-        lse = tl.load(part_lse_ptr + (s + offs_s) * stride_ls, mask=mask_s, other=float("-inf"), cache_modifier=".cg")
-        part_ptrs = part_o_ptr + (s + offs_s[:, None]) * stride_ps + offs_d[None, :] * stride_pd
-        mask_part = mask_s[:, None] & (offs_d[None, :] < HEAD_DIM)
-        if MANY_EMPTY:
-            mask_part = mask_part & (lse > float("-inf"))[:, None]
-        part = tl.load(part_ptrs, mask=mask_part, other=0.0, cache_modifier=".cg")  # [BLOCK_S, BLOCK_D]
-        part = tl.where((lse > float("-inf"))[:, None], part, 0.0)  # what an empty split holds does not count
-        m_new = tl.maximum(m, tl.max(lse, 0))
+        lse_at = (s + offs_s[:, None]) * stride_pls
+        part_lse = tl.load(lse_ptrs + lse_at, mask=mask, other=float("-inf"), cache_modifier=".cg")  # [BLOCK_S, HEADS]
+        holds = part_lse > float("-inf")
+        mask_part = (mask & holds if MANY_EMPTY else mask)[:, :, None] & mask_d[None, None, :]
+        part_at = (s + offs_s[:, None, None]) * stride_ps
+        part = tl.load(part_ptrs + part_at, mask=mask_part, other=0.0, cache_modifier=".cg")  # [.., HEADS, BLOCK_D]
+        part = tl.where(holds[:, :, None], part, 0.0)  # what an empty split holds does not count
+        m_new = tl.maximum(m, tl.max(part_lse, 0))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        weight = tl.exp2((lse - m_safe) * LOG2E)
+        weight = tl.exp2((part_lse - m_safe[None, :]) * LOG2E)
         alpha = tl.exp2((m - m_safe) * LOG2E)
         l = l * alpha + tl.sum(weight, 0)
-        acc = acc * alpha + tl.sum(weight[:, None] * part, 0)
+        acc = acc * alpha[:, None] + tl.sum(weight[:, :, None] * part, 0)
         m = m_new
     l = tl.where(l == 0.0, 1.0, l)  # m is -inf there, and stays it
-    return acc / l, m + tl.log2(l) * LN2
+    o_ptrs = o_ptr + pid_b * stride_ob + head[:, None] * stride_oh + offs_d[None, :] * stride_od
+    tl.store(o_ptrs, cast(acc / l[:, None], o_ptr.dtype.element_ty), mask=mask_h[:, None] & mask_d[None, :])
+    tl.store(lse_ptr + pid_b * stride_lb + head * stride_lh, m + tl.log2(l) * LN2, mask=mask_h)
 
 
 @triton.jit(do_not_specialize=["stride_lb", "stride_lh", "num_splits"])  # one kernel for every number of splits
@@ -174,15 +182,12 @@ def _merge_kernel(
 ):  # fmt: skip
     pid_b = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
-    o, lse = _merge_head(
-        part_o_ptr + pid_b * stride_pb + head * stride_ph, stride_ps, stride_pd,
-        part_lse_ptr + pid_b * stride_plb + head * stride_plh, stride_pls,
-        num_splits, HEAD_DIM, BLOCK_D, BLOCK_S, MANY_EMPTY,
+    head += tl.arange(0, 1)
+    _merge_heads(
+        part_o_ptr, stride_pb, stride_ph, stride_ps, stride_pd, part_lse_ptr, stride_plb, stride_plh, stride_pls,
+        o_ptr, stride_ob, stride_oh, stride_od, lse_ptr, stride_lb, stride_lh, pid_b, head, head >= 0, num_splits,
+        HEAD_DIM, BLOCK_D, BLOCK_S, MANY_EMPTY,
     )  # fmt: skip
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-    o_ptrs = o_ptr + pid_b * stride_ob + head * stride_oh + offs_d * stride_od
-    tl.store(o_ptrs, cast(o, o_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
-    tl.store(lse_ptr + pid_b * stride_lb + head * stride_lh + tl.arange(0, 1), lse)
 
 
 @triton.jit
@@ -218,35 +223,14 @@ def _one_launch_kernel(
     tl.debug_barrier()
     arrived = arrived_ptr + pid_b * tl.num_programs(1) + pid_h
     if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
-        offs_d, offs_s = tl.arange(0, BLOCK_D).to(tl.int64), tl.arange(0, BLOCK_S).to(tl.int64)
-        mask_d = offs_d < HEAD_DIM
         for first in range(0, group, HEADS):  # some heads at once: their loads are on their way together
             offs_h = first + tl.arange(0, HEADS)
-            head, mask_h = pid_h * group + offs_h, offs_h < group
-            lse_ptrs = part_lse_ptr + pid_b * stride_plb + head[None, :] * stride_plh
-            part_ptrs = part_o_ptr + pid_b * stride_pb + (head[:, None] * stride_ph + offs_d * stride_pd)[None, :, :]
-            m = tl.full([HEADS], float("-inf"), tl.float32)
-            l = tl.zeros([HEADS], tl.float32)
-            acc = tl.zeros([HEADS, BLOCK_D], tl.float32)
-            for s in range(0, num_splits, BLOCK_S):
-                # [BLOCK_S, HEADS] and [BLOCK_S, HEADS, BLOCK_D]
-                lse_at, part_at = (s + offs_s[:, None]) * stride_pls, (s + offs_s[:, None, None]) * stride_ps
-                mask = (s + offs_s < num_splits)[:, None] & mask_h[None, :]
-                mask_part = mask[:, :, None] & mask_d[None, None, :]
-                # .cg: read from L2, where the other programs' stores are seen
-                part_lse = tl.load(lse_ptrs + lse_at, mask=mask, other=float("-inf"), cache_modifier=".cg")
-                part = tl.load(part_ptrs + part_at, mask=mask_part, other=0.0, cache_modifier=".cg")
-                m_new = tl.maximum(m, tl.max(part_lse, 0))
-                m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-                weight, alpha = tl.exp2((part_lse - m_safe[None, :]) * LOG2E), tl.exp2((m - m_safe) * LOG2E)
-                l = l * alpha + tl.sum(weight, 0)
-                acc = acc * alpha[:, None] + tl.sum(weight[:, :, None] * part, 0)
-                m = m_new
-            l = tl.where(l == 0.0, 1.0, l)
-            o_ptrs = o_ptr + pid_b * stride_ob + head[:, None] * stride_oh + offs_d[None, :] * stride_od
-            mask_o = mask_h[:, None] & mask_d[None, :]
-            tl.store(o_ptrs, cast(acc / l[:, None], o_ptr.dtype.element_ty), mask=mask_o)
-            tl.store(lse_ptr + pid_b * stride_lb + head * stride_lh, m + tl.log2(l) * LN2, mask=mask_h)
+            _merge_heads(
+                part_o_ptr, stride_pb, stride_ph, stride_ps, stride_pd,
+                part_lse_ptr, stride_plb, stride_plh, stride_pls,
+                o_ptr, stride_ob, stride_oh, stride_od, lse_ptr, stride_lb, stride_lh,
+                pid_b, pid_h * group + offs_h, offs_h < group, num_splits, HEAD_DIM, BLOCK_D, BLOCK_S,
+            )  # fmt: skip
         tl.store(arrived, 0)  # ready for the next launch, also inside a replayed graph
 
 

@@ -219,11 +219,13 @@ def _unified_merge_kernel(
     base_ptr += pid_b * stride_db + head * stride_dh
     tripped_ptr += pid_b * stride_tb + head * stride_th
     offs_s = tl.arange(0, BLOCK_S)
-    # Asked for beside the flags, not after them: one latency of memory instead of two. A row that tripped reads again.
-    num, den, tripped = _sum_splits(
-        num_ptr, stride_ns, stride_nd, den_ptr, base_ptr, stride_ds, tripped_ptr, stride_ts, num_splits, 0.0,
-        HEAD_DIM, BLOCK_D, BLOCK_S, False,
-    )  # fmt: skip
+    tripped = 0
+    if not SYNCHRONISED:
+        # Asked for beside the flags, not after them: one latency of memory, not two. A row that tripped reads again.
+        num, den, tripped = _sum_splits(
+            num_ptr, stride_ns, stride_nd, den_ptr, base_ptr, stride_ds, tripped_ptr, stride_ts, num_splits, 0.0,
+            HEAD_DIM, BLOCK_D, BLOCK_S, False,
+        )  # fmt: skip
     if SYNCHRONISED or tripped > 0:  # the splits have different bases
         top = float("-inf")
         for s in range(0, num_splits, BLOCK_S):

@@ -32,5 +32,5 @@ def warm(topic, number) -> None:
     device = importlib.import_module("kernels").DEVICE
     if topic == "trials":
         trial = trials.TRIALS[number]
-        return bench.warm(trial.topic, trials.bench_case(trial), trials.ops_of(trial), device)
-    bench.warm(topic, bench.topic_cases(topic)[number], importlib.import_module(f"kernels.{topic}"), device)
+        return bench.warm(trials.bench_case(trial), trials.ops_of(trial), device)
+    bench.warm(bench.topic_cases(topic)[number], importlib.import_module(f"kernels.{topic}"), device)

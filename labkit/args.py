@@ -73,7 +73,10 @@ def heads(num_q_heads: int, num_kv_heads: int) -> int:
 
 def scale(sm_scale: float | None, dim: int) -> float:
     """sm_scale, or its default head_dim ** -0.5."""
-    return dim**-0.5 if sm_scale is None else float(sm_scale)
+    if sm_scale is None:
+        return dim**-0.5
+    expect(_is_number(sm_scale) and math.isfinite(sm_scale), "sm_scale", sm_scale, "None or a finite number")
+    return float(sm_scale)
 
 
 def decode(q, k, v, kv_lens, dtypes=FLOATS) -> tuple[int, int, int, int, int]:
@@ -111,9 +114,9 @@ def prefill(q, k, v, kv_lens, causal, window, num_sinks, dtypes=FLOATS) -> tuple
         tensor("kv_lens", kv_lens, (batch,), like=q, dtype=torch.int32)
         in_range("kv_lens", kv_lens, 0, max_kv_len)
     if window is not None:
-        expect(isinstance(window, int) and window >= 1, "window", window, "None or an int >= 1")
+        expect(_is_int(window) and window >= 1, "window", window, "None or an int >= 1")
         expect(causal, "window", f"{window} with causal=False", "causal=True")
-    expect(isinstance(num_sinks, int) and num_sinks >= 0, "num_sinks", num_sinks, "an int >= 0")
+    expect(_is_int(num_sinks) and num_sinks >= 0, "num_sinks", num_sinks, "an int >= 0")
     return batch, q_len, num_q_heads, num_kv_heads, max_kv_len, dim
 
 

@@ -22,7 +22,7 @@ def masked_softmax(s: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def softmax_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Scores and softmax are at least fp32; fp64 stays fp64."""
+    """Scores and softmax are at least fp32, also before they are scaled: fp16 ends at 65504. fp64 stays fp64."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -38,8 +38,8 @@ def decode_attention(q, k, v, kv_lens, *, sm_scale=None):
     _, _, num_kv_heads, max_kv_len, dim = args.decode(q, k, v, kv_lens, dtypes=args.REFERENCE_FLOATS)
     keep = torch.arange(max_kv_len, device=q.device) < kv_lens[:, None]  # [B, L]
     k, v = (x.masked_fill(~keep[:, :, None, None], 0.0) for x in (k, v))  # what lies beyond kv_len may be NaN
-    q = _group_heads(q, num_kv_heads)
-    s = torch.einsum("bhgd,blhd->bhgl", q, k).to(softmax_dtype(q.dtype)) * args.scale(sm_scale, dim)
+    wide = softmax_dtype(q.dtype)
+    s = torch.einsum("bhgd,blhd->bhgl", _group_heads(q, num_kv_heads).to(wide), k.to(wide)) * args.scale(sm_scale, dim)
     p, lse = masked_softmax(s, keep[:, None, None, :])
     o = torch.einsum("bhgl,blhd->bhgd", p.to(v.dtype), v)
     return o.flatten(1, 2), lse.flatten(1, 2)
@@ -76,8 +76,9 @@ def attention(q, k, v, *, causal=True, window=None, num_sinks=0, sm_scale=None, 
     keep = attention_mask(q_len, kv_lens, max_kv_len, causal=causal, window=window, num_sinks=num_sinks)
     valid = torch.arange(max_kv_len, device=q.device) < kv_lens[:, None]
     k, v = (x.masked_fill(~valid[:, :, None, None], 0.0) for x in (k, v))
-    q = _group_heads(q, num_kv_heads)
-    s = torch.einsum("bthgd,blhd->bhgtl", q, k).to(softmax_dtype(q.dtype)) * args.scale(sm_scale, dim)
+    wide = softmax_dtype(q.dtype)
+    s = torch.einsum("bthgd,blhd->bhgtl", _group_heads(q, num_kv_heads).to(wide), k.to(wide))
+    s = s * args.scale(sm_scale, dim)
     p, _ = masked_softmax(s, keep[:, None, None])
     o = torch.einsum("bhgtl,blhd->bthgd", p.to(v.dtype), v)
     return o.flatten(2, 3)

@@ -217,7 +217,7 @@ def measure(topic, case, ops, machine: Machine) -> list[Row]:
     return list(rows.values())
 
 
-def warm(topic, case, ops, device) -> None:
+def warm(case, ops, device) -> None:
     """Call what compiles once, at full size: the result is on disk when `measure` comes.
 
     That is our kernels and "torch.compile". Peers that time their candidates have to be alone on the GPU for it.

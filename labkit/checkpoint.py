@@ -5,7 +5,9 @@ tensor or setting: a model that loads is the model that was saved.
 """
 
 import json
+import sys
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +16,7 @@ from safetensors.torch import save_file
 from labkit.args import expect
 
 FLOATS = ("F32", "F16", "BF16")  # as safetensors calls them
+MAX_SIZE = 2**20  # of a dimension: what a product of three is counted in stays within 63 bits
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # model_type, and what the architecture takes where config.json is silent.
 ARCHITECTURES = {
@@ -25,26 +28,35 @@ ARCHITECTURES = {
 
 
 def read_config(file):
-    """config.json -> the arguments of `labkit.model.Config`."""
-    return parse_config(_read_json(file), str(file))
+    """config.json -> the arguments of `labkit.model.Config`.
+
+    generation_config.json beside it has the last word on eos_token_id, as in `generate` of transformers: chat models
+    name the end of a turn only there.
+    """
+    config = parse_config(_read_json(file), str(file))
+    return config | dict(eos_token_id=_eos(file.parent, config["eos_token_id"]))
 
 
 def parse_config(settings, file):
     """Settings as in config.json -> the arguments of `labkit.model.Config`. file is named in errors."""
     by_type = {model_type: name for name, (model_type, _) in ARCHITECTURES.items()}
-    arch = settings.get("architectures") or by_type.get(settings.get("model_type")) or settings.get("model_type")
+    arch = settings.get("architectures") or by_type.get(str(settings.get("model_type"))) or settings.get("model_type")
     arch = arch[0] if isinstance(arch, list) else arch
-    expect(arch in ARCHITECTURES, f"{file}: architectures", repr(arch), ", ".join(ARCHITECTURES))
+    known = isinstance(arch, str) and arch in ARCHITECTURES
+    expect(known, f"{file}: architectures", repr(arch), ", ".join(ARCHITECTURES))
     settings = ARCHITECTURES[arch][1] | settings
     rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
     expect(isinstance(rope, dict), f"{file}: rope_scaling", repr(rope), "an object")
     _refuse_unsupported(settings, rope, file)
 
-    def number(name, default=None, kind=int, among=settings):
+    def number(name, default=None, kind=int, among=settings, most=MAX_SIZE):
         value = default if among.get(name) is None else among[name]
-        good = isinstance(value, (int, kind)) and not isinstance(value, bool) and value > 0
-        expect(good, f"{file}: {name}", repr(value), f"a positive {'integer' if kind is int else 'number'}")
+        good = isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 < value <= most
+        expected = f"an integer from 1 to {most:,}" if kind is int else "a positive number"
+        expect(good, f"{file}: {name}", repr(value), expected)
         return value
+
+    real = partial(number, kind=float, most=sys.float_info.max)
 
     def flag(name):
         value = settings.get(name, False)
@@ -59,7 +71,7 @@ def parse_config(settings, file):
     expect(head_dim % 2 == 0, f"{file}: head_dim", head_dim, "an even number")
     scaling = None
     if rope.get("rope_type", rope.get("type")) == "llama3":
-        scaling = {name: number(name, kind=float, among=rope) for name in LLAMA3}
+        scaling = {name: real(name, among=rope) for name in LLAMA3}
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         expect(low < high, f"{file}: low_freq_factor", low, f"less than high_freq_factor, {high}")
     biased = arch in ("LlamaForCausalLM", "Qwen3ForCausalLM") and flag("attention_bias")
@@ -71,22 +83,40 @@ def parse_config(settings, file):
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=number("max_position_embeddings", 2048),
-        rms_norm_eps=number("rms_norm_eps", 1e-6, float),
-        rope_theta=number("rope_theta", settings.get("rope_theta") or 10000.0, float, rope),
+        max_position_embeddings=number("max_position_embeddings", 2048, most=2**31 - 1),
+        rms_norm_eps=real("rms_norm_eps", 1e-6),
+        rope_theta=real("rope_theta", real("rope_theta", 10000.0), among=rope),
         rope_scaling=scaling,
         tie_word_embeddings=flag("tie_word_embeddings"),
         qkv_bias=biased or arch == "Qwen2ForCausalLM",
         o_bias=biased,
         mlp_bias=arch == "LlamaForCausalLM" and flag("mlp_bias"),
         qk_norm=arch == "Qwen3ForCausalLM",
-        bos_token_id=settings.get("bos_token_id"),
-        eos_token_id=settings.get("eos_token_id"),
+        bos_token_id=_token_ids(settings, "bos_token_id", file),
+        eos_token_id=_token_ids(settings, "eos_token_id", file),
         architecture=arch,
     )
 
 
+def _token_ids(settings, name, file):
+    """An id, several ids in a list, or None, as they stand in the settings."""
+    value = settings.get(name)
+    ids = value if isinstance(value, list) else [value] if value is not None else []
+    good = all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= MAX_SIZE for i in ids)
+    expect(good, f"{file}: {name}", repr(value), "a token id, a list of them, or null")
+    return value
+
+
+def _eos(folder, otherwise):
+    """eos_token_id as generation_config.json in the folder has it, or else `otherwise`."""
+    file = folder / "generation_config.json"
+    eos = _token_ids(_read_json(file), "eos_token_id", str(file)) if file.exists() else None
+    return otherwise if eos is None else eos
+
+
 def _refuse_unsupported(settings, rope, file):
+    layer_types = settings.get("layer_types") or []
+    expect(isinstance(layer_types, list), f"{file}: layer_types", repr(layer_types), "a list")
     window = settings.get("sliding_window") if settings.get("use_sliding_window") else None
     for name, value, supported in (
         ("hidden_act", settings.get("hidden_act", "silu"), ["silu"]),
@@ -95,7 +125,7 @@ def _refuse_unsupported(settings, rope, file):
         ("partial_rotary_factor", rope.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1)), [1]),
         ("sliding_window", window, [None]),
         ("quantization_config", settings.get("quantization_config"), [None]),
-        *(("layer_types", value, ["full_attention"]) for value in settings.get("layer_types") or []),
+        *(("layer_types", value, ["full_attention"]) for value in layer_types),
     ):
         expect(value in supported, f"{file}: {name} (not supported)", repr(value), " or ".join(map(repr, supported)))
 
@@ -173,6 +203,8 @@ def write(folder, config, state, shapes):
     back = parse_config(settings, "config")
     for name in ours:
         expect(back[name] == ours[name], f"config: {name}", ours[name], f"{back[name]}, as in {config.architecture}")
+    eos = _eos(folder, ours["eos_token_id"])
+    expect(eos == ours["eos_token_id"], f"{folder}: generation_config.json", f"eos_token_id {eos}", "the config's")
     expect(shapes.keys() == state.keys(), "model", sorted(shapes.keys() ^ state.keys())[:3], "the config's tensors")
     for name, x in state.items():
         expect(list(x.shape) == shapes[name], f"{name} (shape)", list(x.shape), f"the config's {shapes[name]}")
@@ -192,7 +224,7 @@ def _key(name):
 def _read_json(file):
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON or UTF-8
+    except (ValueError, RecursionError) as error:  # JSON or UTF-8; too deep
         raise ValueError(f"{file}: no valid JSON ({error})") from error
     expect(isinstance(data, dict), str(file), type(data).__name__, "a JSON object")
     return data

@@ -300,7 +300,8 @@ def study(seed) -> dict:
     r, recovery = replace(RECIPE, seed=seed), replace(RECOVERY, seed=seed)
     teacher, text = Llama.from_pretrained(TEACHER), corpus.read("held_out")[:EVAL_TEXT]
     lessons = Lessons(teacher, corpus.read("train"), r)
-    work = train.WORK / f"distillation-{source_hash('labkit.distillation_study:study')}" / str(seed)
+    lesson = f"{source_hash('labkit.distillation_study:study')}-{train.fingerprint(*teacher.state_dict().values())[:8]}"
+    work = train.WORK / f"distillation-{lesson}" / str(seed)  # of this code and this teacher
     students = [kept(work, names, student_run, teacher, lessons, text, r) for *names, seeds in RUNS if seed < seeds]
     losses = (None, *RECOVERED_BY) if seed == 0 else RECOVERED_BY
     recovered = [

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from labkit import args, bench, check, codegen, corpus, peers, player, splits, timing
-from labkit.attention import attention, decode_attention, masked_softmax, softmax_dtype
+from labkit.attention import attention, decode_attention, softmax_dtype
 from labkit.flash_decoding import BLOCK_KEYS, decode_case
 from labkit.model import load
 from labkit.record import version
@@ -90,8 +90,7 @@ def unified_decoding(q, k, v, kv_lens, *, phi, bounds, num_splits=None, sm_scale
     num, den = num.sum(2), den.sum(2)  # Eq. 4: the partial results simply add
     o = num / den.masked_fill(den == 0.0, 1.0).unsqueeze(-1)
     recomputed = out_of_bounds(q, k, kv_lens, phi=phi, bounds=bounds, sm_scale=sm_scale)
-    p, _ = masked_softmax(scaled_scores(q, k, sm_scale=sm_scale), valid[:, None])
-    exact = torch.einsum("bhgl,blhd->bhgd", p.to(v.dtype).unflatten(1, (num_kv_heads, -1)), v).flatten(1, 2)
+    exact, _ = decode_attention(q, k, v, kv_lens, sm_scale=sm_scale)
     return torch.where(recomputed.unsqueeze(-1), exact, o.to(q.dtype)), recomputed
 
 

@@ -75,7 +75,7 @@ class _Pass(AttentionRules):
         elif name_of(root) in ("mul", "div"):
             inside = set()
             parts = self.factors(root, inside)
-            found = self._inverse_rms(parts, inside) if len(parts) == 3 else None
+            found = self._inverse_rms(parts) if len(parts) == 3 else None
             if found is None:
                 return None
             x, w, eps, inner = found
@@ -91,7 +91,7 @@ class _Pass(AttentionRules):
         self.still(inside)
         return x, w, float(eps), root, inside
 
-    def _inverse_rms(self, parts, inside):
+    def _inverse_rms(self, parts):
         """x, w, eps and the nodes of 1 / sqrt(mean(x^2) + eps), if it is one of three factors with x and a weight."""
         for i, (factor, sign) in enumerate(parts):
             inner = set()

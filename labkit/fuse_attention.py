@@ -43,7 +43,7 @@ class AttentionRules(Rewriter):
                     size[-3], size[-2] = size[-2], size[-3]
                     n = self.call(torch.transpose, (n, -3, -2), (tuple(size), n.meta["dtype"]))
                 ends.append(n)
-            angles = [self._one_row(n, ends[0]) for n in (cos, sin)]
+            angles = [self._one_row(n) for n in (cos, sin)]
             new, turned = self.op("rope", (*ends, *angles), [(shape(n), n.meta["dtype"]) for n in ends])
             if heads == -3:
                 metas = [(shape(n), n.meta["dtype"]) for n in (q, k)]
@@ -132,7 +132,7 @@ class AttentionRules(Rewriter):
         inside.add(node)
         return self.strip(x, inside), i
 
-    def _one_row(self, angle, x):
+    def _one_row(self, angle):
         """Angles [1, len, D]: the same for all of the batch, of whatever size (torch.squeeze leaves other sizes be)."""
         size = shape(angle)
         if len(size) == 3 and size[0] == 1:

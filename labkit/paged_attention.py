@@ -98,7 +98,7 @@ def to_pages(k, v, kv_lens, page_size, order=None):
 
 
 def page_walk(q, k_pages, v_pages, table, kv_len, *, sm_scale=None):
-    """Attention of one head over one sequence, a page at a time, as equation 4 of the paper has it.
+    """Attention of one head over one sequence, a page at a time: equation 4 of the paper with an online softmax.
 
     q [D]; k_pages, v_pages [P, page_size, D]; table: list of page ids. Yields (page, used, p, m, l, acc) after every
     page: its id, how many of its slots are read, their unnormalised weights, and the running maximum, denominator and

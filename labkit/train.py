@@ -116,8 +116,10 @@ def train(model, r, ids, held_out, work, *, device="cpu", compile=False, every=1
     """Train model in place on ids [n], from the checkpoint in the folder `work` if there is one.
 
     Every `every` steps the checkpoint is renewed and a point is added to the curve: [step, training and held-out bits
-    per byte, seconds]. until: stop at this step, to be resumed. Returns the curve.
+    per byte, seconds]. until: stop at this step, to be resumed. Returns the curve. Raises ValueError, with nothing
+    trained, for the checkpoint of another run: another recipe, text or first weights.
     """
+    run = asdict(r) | {"begins": fingerprint(ids, *model.state_dict().values())}
     model, opts = model.to(device).train(), optimizers(model, r)
 
     def loss_of(y):
@@ -130,8 +132,8 @@ def train(model, r, ids, held_out, work, *, device="cpu", compile=False, every=1
     saved, start, curve, recent = work / "checkpoint.pt", 0, [], []
     if saved.exists():
         state = torch.load(saved, weights_only=True)
-        if state["recipe"] != asdict(r):
-            raise ValueError(f"{saved}: got recipe {state['recipe']}, expected {asdict(r)}; delete it to start again")
+        if state["run"] != run:
+            raise ValueError(f"{saved}: got the run {state['run']}, expected {run}; delete it to start again")
         start, curve = state["step"], state["curve"]
         model.load_state_dict(state["model"])
         for opt, opt_state in zip(opts, state["opts"]):
@@ -150,11 +152,19 @@ def train(model, r, ids, held_out, work, *, device="cpu", compile=False, every=1
         if done % every == 0 or done == r.steps:
             seconds = round(time.perf_counter() - begun)
             curve.append([done, round(bits, 4), round(bits_per_byte(model, held_out, r.length), 4), seconds])
-            state = dict(recipe=asdict(r), step=done, curve=curve, model=model.state_dict())
+            state = dict(run=run, step=done, curve=curve, model=model.state_dict())
             torch.save(state | dict(opts=[opt.state_dict() for opt in opts]), saved.with_suffix(".part"))
             saved.with_suffix(".part").replace(saved)
         bar.show(done, bits, curve)
     return curve
+
+
+def fingerprint(*tensors):
+    """SHA-256 of the tensors' numbers."""
+    digest = hashlib.sha256()
+    for x in tensors:
+        digest.update(x.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 class Bar:
@@ -271,7 +281,7 @@ def teacher(seed):
     model.to("cpu", torch.bfloat16).save_pretrained(TEACHER)
     model = Llama.from_pretrained(TEACHER)
     text = b"".join(corpus.texts_of("train").values())
-    return dict(
+    found = dict(
         recipe=asdict(r),
         parameters=sum(p.numel() for p in model.parameters()),
         threads=torch.get_num_threads(),
@@ -285,6 +295,8 @@ def teacher(seed):
         samples=[sample(model, PROMPT, 240 - len(PROMPT), seed=s) for s in range(3)],
         weights_sha256=hashlib.sha256((TEACHER / "model.safetensors").read_bytes()).hexdigest(),
     )
+    (WORK / "checkpoint.pt").unlink()  # what is done is not to be taken for an interrupted run of other code
+    return found
 
 
 if __name__ == "__main__":

@@ -117,6 +117,15 @@ def test_reference_equals_torch():
     torch.testing.assert_close(attention(q.double(), k.double(), v.double()), want)
 
 
+def test_large_scores_in_fp16(device):
+    """|q.k| is beyond fp16, the scaled score is not: it must not be rounded before it is scaled."""
+    q, k = torch.full((1, 2, 1, 128), 30.0, device=device).half(), torch.full((1, 3, 1, 128), 30.0, device=device).half()
+    v = torch.arange(384.0, device=device).view(1, 3, 1, 128).half()
+    for function in (kernels.attention.attention, attention):
+        o = function(q, k, v, causal=False)
+        torch.testing.assert_close(o, v.mean(1, keepdim=True).expand_as(o), rtol=1e-3, atol=0)
+
+
 def test_window_counts_the_token_itself():
     """With v a one-hot of its position, the output shows which keys a query saw."""
     q, k = torch.zeros(1, 6, 1, 6), torch.zeros(1, 6, 1, 6)
@@ -137,7 +146,11 @@ def test_window_counts_the_token_itself():
         ("kv_lens", dict(kv_lens=torch.tensor([1, 2], dtype=torch.int32))),
         ("window", dict(window=0)),
         ("window", dict(window=4, causal=False)),
+        ("window", dict(window=True)),
         ("num_sinks", dict(num_sinks=-1)),
+        ("num_sinks", dict(num_sinks=True)),
+        ("sm_scale", dict(sm_scale=float("nan"))),
+        ("sm_scale", dict(sm_scale="0.125")),
     ],
 )
 def test_bad_input_is_named(function, name, changed, device, monkeypatch):

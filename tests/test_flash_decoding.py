@@ -75,6 +75,16 @@ def test_reference_equals_torch():
     torch.testing.assert_close(lse, scores.exp().sum(-1).log())
 
 
+def test_large_scores_in_fp16(device):
+    """|q.k| is beyond fp16, the scaled score is not: it must not be rounded before it is scaled."""
+    q, k = torch.full((1, 2, 128), 30.0, device=device).half(), torch.full((1, 3, 1, 128), 30.0, device=device).half()
+    v, kv_lens = torch.arange(384.0, device=device).view(1, 3, 1, 128).half(), torch.tensor([3], dtype=torch.int32, device=device)
+    for function in (fd.flash_decoding, ref.flash_decoding, decode_attention):
+        o, lse = function(q, k, v, kv_lens)
+        torch.testing.assert_close(o, v.mean(1).expand(1, 2, 128), rtol=1e-3, atol=0)
+        torch.testing.assert_close(lse, torch.full_like(lse, 900 * 128**0.5 + np.log(3)), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("num_splits", [1, 2, 16, 17, 40])
 def test_merge(num_splits, device):
     rng = np.random.default_rng(num_splits)

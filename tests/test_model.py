@@ -306,6 +306,10 @@ def edit_config(**changes):
     return edit
 
 
+def generation(**settings):
+    return lambda folder: (folder / "generation_config.json").write_text(json.dumps(settings))
+
+
 def edit_tensors(change):
     def edit(folder):
         file = folder / "model.safetensors"
@@ -339,7 +343,21 @@ BAD = {
     "other architecture": (edit_config(architectures=["GPT2LMHeadModel"]), ValueError, "architectures.*GPT2LMHeadModel"),
     "other type": (edit_config(architectures=..., model_type="gpt2"), ValueError, "architectures.*gpt2"),
     "no architecture": (edit_config(architectures=..., model_type=...), ValueError, "architectures"),
+    "architectures nested": (edit_config(architectures=[["LlamaForCausalLM"]]), ValueError, "architectures"),
+    "type a list": (edit_config(architectures=..., model_type=["llama"]), ValueError, "architectures"),
+    "too deep": (lambda f: (f / "config.json").write_text('{"a":' * 100000), ValueError, "config.json"),
     "missing setting": (edit_config(hidden_size=...), ValueError, "hidden_size"),
+    "a size beyond 64 bits": (edit_config(vocab_size=10**30), ValueError, "vocab_size"),
+    "sizes whose product is beyond": (edit_config(hidden_size=2**33, intermediate_size=2**33), ValueError, "hidden_size"),
+    "rope_theta 0": (edit_config(rope_theta=0), ValueError, "rope_theta"),
+    "rope_theta infinite": (edit_config(rope_theta=float("inf")), ValueError, "rope_theta"),
+    "eps nan": (edit_config(rms_norm_eps=float("nan")), ValueError, "rms_norm_eps"),
+    "eos a text": (edit_config(eos_token_id="</s>"), ValueError, "eos_token_id.*</s>"),
+    "eos among texts": (edit_config(eos_token_id=[2, "</s>"]), ValueError, "eos_token_id.*</s>"),
+    "bos negative": (edit_config(bos_token_id=-1), ValueError, "bos_token_id.*-1"),
+    "generation's eos": (generation(eos_token_id=1.5), ValueError, "generation_config.json: eos_token_id.*1.5"),
+    "generation cut": (lambda f: (f / "generation_config.json").write_text('{"eos'), ValueError, "generation_config.json"),
+    "layer types a number": (edit_config(layer_types=3), ValueError, "layer_types"),
     "zero layers": (edit_config(num_hidden_layers=0), ValueError, "num_hidden_layers"),
     "a string for a number": (edit_config(vocab_size="99"), ValueError, "vocab_size"),
     "a number for a flag": (edit_config(tie_word_embeddings=1), ValueError, "tie_word_embeddings"),
@@ -401,6 +419,30 @@ def test_a_bad_checkpoint_is_named(case, tmp_path):
     spoil(folder)
     with pytest.raises(error, match=match):
         Llama.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "config, beside, want",
+    [
+        (1, None, 1), (None, None, None), ([1, 5], {}, [1, 5]), (1, dict(eos_token_id=None), 1),
+        (1, dict(eos_token_id=[7, 8]), [7, 8]), (None, dict(eos_token_id=0), 0),
+    ],
+)  # fmt: skip
+def test_generation_config_has_the_last_word_on_eos(config, beside, want, tmp_path):
+    model = random_model(replace(SMALL, eos_token_id=config))
+    model.save_pretrained(tmp_path)
+    if beside is not None:
+        generation(**beside)(tmp_path)
+    assert Llama.from_pretrained(tmp_path).config.eos_token_id == want
+
+
+def test_another_eos_in_the_folder_is_not_saved_over(tmp_path):
+    generation(eos_token_id=7)(tmp_path)
+    with pytest.raises(ValueError, match=r"generation_config\.json: got eos_token_id 7"):
+        random_model(replace(SMALL, eos_token_id=5)).save_pretrained(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["generation_config.json"]
+    random_model(replace(SMALL, eos_token_id=7)).save_pretrained(tmp_path)
+    assert Llama.from_pretrained(tmp_path).config.eos_token_id == 7
 
 
 def test_old_exports_and_a_spelled_out_tied_head_load(tmp_path):

@@ -29,6 +29,8 @@ PLANTED_BUGS = [
     ("labkit/train.py", "windows, half, nats, count = ids.unfold(0, length, length // 2)", "windows, half, nats, count = ids.unfold(0, length, length)"),
     ("labkit/train.py", "if i else torch.cat((loss[0, :half], loss[:, half:].flatten()))", ""),
     ("labkit/train.py", "nats / count / math.log(2)", "nats / count"),
+    ("labkit/train.py", "fingerprint(ids, *model.state_dict().values())", "fingerprint(ids)"),
+    ("labkit/train.py", "fingerprint(ids, *model.state_dict().values())", "fingerprint(*model.state_dict().values())"),
     ("labkit/train.py", "np.full(k, corpus.EOS)", "np.full(k, 0)"),
     ("labkit/train.py", "(count + types * p) / np.maximum(total + types, 1)", "(count + p) / np.maximum(total + 1, 1)"),
     ("labkit/train.py", "size(known + data) - size(known)", "size(data)"),
@@ -54,6 +56,22 @@ def test_a_resumed_run_is_the_same_run(tmp_path):
     assert [point[0] for point in curve] == [4, 8, 12]
     with pytest.raises(ValueError, match=r"checkpoint\.pt.*'seed': 0.*'seed': 1"):
         run(tmp_path / "parts", replace(RECIPE, seed=1))
+
+
+@pytest.mark.parametrize("what", ["text", "weights"])
+def test_the_checkpoint_of_another_run_is_refused(what, tmp_path):
+    """A new teacher converted in the same folder must not end as the old one."""
+    run(tmp_path, until=8)
+    ids, model = TEXT.clone(), train.init(TINY, RECIPE.seed)
+    if what == "text":
+        ids[500] += 1
+    else:
+        model.layers[0].mlp.up_proj.weight.data[3, 4] += 1e-3
+    start = {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: got the run .*begins.*delete it"):
+        train.train(model, RECIPE, ids, TEXT[:64], tmp_path, every=4)
+    assert all(torch.equal(x, start[name]) for name, x in model.state_dict().items())
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 8
 
 
 def test_it_learns(tmp_path):
