@@ -108,7 +108,21 @@
     const text = figure.querySelector(".lab-yours");
     const compare = () => {
       const yours = recall(data.reveal);
-      if (yours == null) { text.textContent = "You have not committed to a number yet."; return; }
+      if (yours == null) {
+        const asked = [...document.querySelectorAll("[data-predict]")].find((f) => f.dataset.predict === data.reveal);
+        const link = document.createElement(asked ? "a" : "span");
+        link.textContent = "You have not committed to a number yet.";
+        if (asked) {
+          link.href = "#" + (asked.id ||= "predict-" + data.reveal);
+          link.addEventListener("click", (event) => {
+            event.preventDefault(); // JupyterLab would take the address for one of its own
+            asked.scrollIntoView({ block: "center" });
+            asked.querySelector("input").focus({ preventScroll: true });
+          });
+        }
+        text.replaceChildren(link);
+        return;
+      }
       const ratio = Number(yours) / data.answer, off = Number((Number(yours) - data.answer).toPrecision(3));
       const times = (x) => (x < 100 ? x.toPrecision(2) : Math.round(x).toLocaleString("en"));
       const verdict = data.answer == null ? "Nobody has measured that yet."

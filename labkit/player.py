@@ -21,20 +21,30 @@ from pathlib import Path
 
 COLORS = ("muted", "blue", "orange", "green", "purple", "sky", "outline", "bold", "")  # bold: framed, whatever is new
 MAX_BYTES = 100_000
+_QUESTIONS = {}  # key of a prediction: what was asked
 _HERE = Path(__file__).parent
 
 
 class Grid:
-    """Rows of cells. A frame gives a nested list [rows][cols]; a cell is a colour, (colour, label), or None."""
+    """Rows of cells. A frame gives a nested list [rows][cols]; a cell is a colour, (colour, label), or None.
+
+    corner: what the columns are, written before their labels; it needs row_labels.
+    """
 
     kind = "lab-grid"
 
-    def __init__(self, rows, cols, *, row_labels=(), col_labels=(), name=""):
+    def __init__(self, rows, cols, *, row_labels=(), col_labels=(), corner="", name=""):
         for what, labels, n in (("row_labels", row_labels, rows), ("col_labels", col_labels, cols)):
             if labels and len(labels) != n:
                 raise ValueError(f"{what}: got {len(labels)} labels, expected {n}")
-        self.rows, self.cols, self.name = rows, cols, name
+        self.rows, self.cols, self.corner, self.name = rows, cols, corner, name
         self.row_labels, self.col_labels = list(row_labels), list(col_labels)
+        self.widths, self.prose = [0] * cols, [False] * cols
+
+    def measure(self, frames):
+        """Look at all frames: a column is as wide as its longest label, so that nothing moves from frame to frame."""
+        labels = [[len(label) for _, label, _ in self.items(frame)] for frame in frames]
+        self.widths = [max(n for row in labels for n in row[c :: self.cols]) for c in range(self.cols)]
 
     def items(self, data):
         """The frame's cells in drawing order, as (colour, label, style)."""
@@ -45,11 +55,15 @@ class Grid:
 
     def html(self, items):
         cells = iter(items)
-        head = ""
+        head = f"<colgroup>{'<col>' if self.row_labels else ''}"  # prose may grow: it begins at the left
+        head += "".join("<col>" if prose else f'<col style="--n:{n}">' for n, prose in zip(self.widths, self.prose))
+        head += "</colgroup>"
         if self.col_labels:
-            corner = "<th></th>" if self.row_labels else ""
-            columns = "".join(f"<th scope=col>{escape(str(c))}</th>" for c in self.col_labels)
-            head = f"<thead><tr>{corner}{columns}</tr></thead>"
+            corner = f"<th>{escape(self.corner)}</th>" if self.row_labels else ""
+            side = ("", ' style="text-align:left"')
+            columns = zip(self.col_labels, self.prose)
+            columns = "".join(f"<th scope=col{side[prose]}>{escape(str(c))}</th>" for c, prose in columns)
+            head += f"<thead><tr>{corner}{columns}</tr></thead>"
         body = ""
         for r in range(self.rows):
             body += f"<tr><th scope=row>{escape(str(self.row_labels[r]))}</th>" if self.row_labels else "<tr>"
@@ -65,8 +79,9 @@ class Values(Grid):
 
     kind = "lab-values"
 
-    def __init__(self, names, columns=(), *, prose=(), name=""):
-        super().__init__(len(names), max(1, len(columns)), row_labels=names, col_labels=columns, name=name)
+    def __init__(self, names, columns=(), *, prose=(), corner="", name=""):
+        labels = dict(row_labels=names, col_labels=columns, corner=corner)
+        super().__init__(len(names), max(1, len(columns)), **labels, name=name)
         if unknown := set(prose) - set(columns):
             raise ValueError(f"prose: got {sorted(unknown)}, expected some of the columns {list(columns)}")
         self.prose = [column in prose for column in columns] or [False]
@@ -83,13 +98,15 @@ class Bars:
     """Bars along a common axis, in lanes: a timeline, or quantities side by side.
 
     A frame gives a list of (lane, start, end, colour, label), or {"bars": [...], "cursor": position}. lane counts from
-    0; start and end are in `unit`. span: where the axis ends; default: the largest end of all frames.
+    0; start and end are in `unit`. span: where the axis ends; default: the largest end of all frames. long_labels: a
+    label begins where its bar does and may be longer; else it stands in the middle and is cut.
     """
 
     kind = "lab-bars"
 
-    def __init__(self, lanes, *, unit="", span=None, lane_height=1.6, name=""):
+    def __init__(self, lanes, *, unit="", span=None, lane_height=1.6, long_labels=False, name=""):
         self.lanes, self.unit, self.given_span, self.lane_height, self.name = list(lanes), unit, span, lane_height, name
+        self.long_labels = long_labels
         self.span, self.slots, self.cursor = span, 0, False
 
     def measure(self, frames):
@@ -119,9 +136,10 @@ class Bars:
         ticks = [i * step for i in range(int(self.span / step + 1e-9) + 1)]
         axis = "".join(f'<span style="left:{100 * t / self.span:.4g}%">{t:g}</span>' for t in ticks)
         bars = "".join(_item("div", item) for item in items)
+        track = "lab-track" + " lab-long" * self.long_labels
         return (
             f'<div class="{self.kind}"><div class="lab-lanes">{lanes}</div>'
-            f'<div class="lab-track" {size}>{bars}</div><div class="lab-unit">{escape(self.unit)}</div>'
+            f'<div class="{track}" {size}>{bars}</div><div class="lab-unit">{escape(self.unit)}</div>'
             f'<div class="lab-axis">{axis}</div></div>'
         )
 
@@ -164,7 +182,8 @@ class Explorer(Html):
             html.append(control(label, values, values.index(first)))
         frames = [frame(*choice) for choice in choices]
         options = [[str(value) for value in values] for values in controls.values()]
-        super().__init__(*_player(title, panels, frames, "".join(html), options, choices.index(key), legend, caption))
+        key, controls = choices.index(key), "".join(html)
+        super().__init__(*_player(title, panels, frames, controls, options, key, legend, caption, choose_first=True))
 
 
 class Stepper(Html):
@@ -188,18 +207,20 @@ class Stepper(Html):
 
 
 def predict(key, question, unit=""):
-    """Ask for a number before the answer is shown. The same `key` goes to `reveal`."""
+    """Ask for a number before the answer is shown. The same `key` goes to `reveal`, which repeats the question."""
+    _QUESTIONS[key] = question
     question_, unit_ = escape(question), escape(unit)
     body = (
         '<div class="lab-title">Predict</div><div class="lab-controls" hidden>'
         f"<label>{question_} <input type=number step=any>{unit_}</label><button type=button>Commit</button></div>"
         f'<p class="lab-text" aria-live="polite">{question_} Write down a number ({unit_}) before you read on.</p>'
     )
-    return Html(figure("Predict", body, {"predict": key, "unit": unit}), f"Predict: {question} ({unit})")
+    data, attributes = {"predict": key, "unit": unit}, f' data-predict="{escape(key)}"'
+    return Html(figure("Predict", body, data, attributes=attributes), f"Predict: {question} ({unit})")
 
 
 def reveal(key, answer, unit="", *, source, how="Recorded", until=None):
-    """Lay the `answer` (a number, or None where nothing was recorded) beside the reader's prediction.
+    """Repeat the question, and lay the `answer` (a number, or None: not recorded) beside the reader's prediction.
 
     source: where the number comes from, in words (the record's own provenance line); `x` is shown as code.
     how: what was done to get it, e.g. "Counted". until: (how, number, source) of a number that answers another
@@ -209,8 +230,10 @@ def reveal(key, answer, unit="", *, source, how="Recorded", until=None):
     if answer is None and until:
         how, shown, source = until
     found = f"{how}: {shown:.4g} {unit}." if shown is not None else "Not known yet."
+    asked = f'<p class="lab-name">{escape(_QUESTIONS[key])}</p>' if key in _QUESTIONS else ""
+    source_ = f"<small>{as_html(source)}</small>" if answer is not None and how == "Recorded" else as_html(source)
     body = (
-        f'<div class="lab-title">Your prediction</div><p><strong>{escape(found)}</strong> {as_html(source)}</p>'
+        f'<div class="lab-title">Your prediction</div>{asked}<p><strong>{escape(found)}</strong> {source_}</p>'
         '<p class="lab-yours" aria-live="polite"></p>'
     )
     data = {"reveal": key, "answer": answer, "unit": unit}
@@ -240,16 +263,19 @@ def as_html(text):
 # ---- drawing
 
 
-def _player(title, panels, frames, controls, options, key, legend, caption):
-    """(html, text) of a player: drawn at frame `key`, all frames as a table of states."""
+def _player(title, panels, frames, controls, options, key, legend, caption, choose_first=False):
+    """(html, text) of a player: drawn at frame `key`, all frames as a table of states.
+
+    choose_first: the controls stand above the picture, not below it.
+    """
     panels = dict(sorted(panels.items(), key=lambda item: isinstance(item[1], Values)))  # pictures first, then tables
-    for name, panel in panels.items():
-        if isinstance(panel, Bars):
-            panel.measure([frame[name] for frame in frames])
     states, table, texts = {}, [], []
     for number, frame in enumerate(frames):
         if set(frame) != {"text", *panels}:
             raise ValueError(f"frame {number}: got {sorted(frame)}, expected {sorted(['text', *panels])}")
+    for name, panel in panels.items():
+        panel.measure([frame[name] for frame in frames])
+    for frame in frames:
         items = [item for name, panel in panels.items() for item in panel.items(frame[name])]
         table.append([states.setdefault(item, len(states)) for item in items])
         texts.append(str(frame["text"]))
@@ -260,14 +286,19 @@ def _player(title, panels, frames, controls, options, key, legend, caption):
         block = f'<div class="lab-panel{wide}">{heading}{panel.html(panel.items(frames[key][name]))}</div>'
         drawn, values = (drawn, values + block) if isinstance(panel, Values) else (drawn + block, values)
     marks = [f'<li><i class="{_color(c)}"></i>{escape(meaning)}</li>' for c, meaning in (legend or {}).items()]
-    stage = f'<div class="lab-panels lab-stage" role="img" aria-label="{escape(texts[key])}">{drawn}</div>'
+    wide = " lab-wide" if any(isinstance(panel, Bars) for panel in panels.values()) else ""
+    stage = f'<div class="lab-panels lab-stage{wide}" role="img" aria-label="{escape(texts[key])}">{drawn}</div>'
+    controls = f'<div class="lab-controls" hidden>{controls}</div>'
     body = (
         f'<div class="lab-title">{escape(title)}</div>'
+        + (controls if choose_first else "")
+        + '<div class="lab-view">'
         + (stage if drawn else "")
         + (f'<div class="lab-panels">{values}</div>' if values else "")
+        + "</div>"
         + (f'<ul class="lab-legend">{"".join(marks)}</ul>' if marks else "")
         + f'<p class="lab-text" aria-live="polite">{escape(texts[key])}</p>'
-        + f'<div class="lab-controls" hidden>{controls}</div>'
+        + ("" if choose_first else controls)
         + "<noscript><p>Without JavaScript this is a still picture.</p></noscript>"
         + f"<figcaption>{escape(caption)}</figcaption>"
     )

@@ -160,6 +160,24 @@ def test_reveal_says_how_and_shows_code():
     assert "<strong>Not known yet.</strong> No &lt;GPU&gt;: <code>make record</code>." in unknown._repr_html_()
 
 
+def test_reveal_repeats_the_question_and_makes_the_record_small():
+    player.predict("asked", "How <many>?")
+    told = player.reveal("asked", 2, source="H200")._repr_html_()
+    assert '<p class="lab-name">How &lt;many&gt;?</p><p><strong>Recorded: 2 .</strong> <small>H200</small></p>' in told
+    assert "lab-name" not in re.sub("<style>.*?</style>", "", player.reveal("never asked", 2, source="s").html, flags=re.DOTALL)
+    assert "<small>" not in player.reveal("asked", 2, source="the graph", how="Counted").html
+
+
+def test_a_column_is_as_wide_as_its_longest_label():
+    """Of all frames; prose may grow, for it begins at the left."""
+    grid, values = player.Grid(1, 2, row_labels=["a"]), player.Values(["b"], ["n", "text"], prose=["text"])
+    cells = [[[None, ("", "xyz")]], [[("", 10), "blue"]]]
+    steps = [{"text": "", "g": g, "v": {"b": [123.25, "long" * n]}} for n, g in enumerate(cells)]
+    html = player.Stepper("t", {"g": grid, "v": values}, steps).html
+    groups = re.findall("<colgroup>(.*?)</colgroup>", html)
+    assert groups == ['<col><col style="--n:2"><col style="--n:3">', '<col><col style="--n:5"><col>']
+
+
 def test_prose_begins_at_the_left():
     values = player.Values(["a", "b"], ["n", "text"], prose=["text"])
     styles = [style for _, _, style in values.items({"a": [1, "x"], "b": [2, "y"]})]
@@ -254,6 +272,23 @@ def test_verdict_on_a_prediction(yours, answer, verdict, tmp_path):
         tab.locator("input").fill(yours)
         tab.locator("button").click()
         assert tab.locator(".lab-yours").text_content().strip().endswith(verdict)
+
+
+def test_a_link_leads_to_the_question(tmp_path):
+    """From the answer of the same key, and only while nobody has answered; without a question there is no link."""
+    path = tmp_path / "index.html"
+    asked = [player.predict(key, "How many?")._repr_html_() for key in ("a", "b")]
+    told = [player.reveal(key, 2, source="s")._repr_html_() for key in ("b", "c")]
+    path.write_text(f'<!doctype html><meta charset="utf-8"><body>{"".join(asked + told)}', encoding="utf-8")
+    with chromium() as browser, page(browser, path.as_uri()) as tab:
+        assert tab.locator(".lab-yours").all_text_contents() == ["You have not committed to a number yet."] * 2
+        assert tab.locator(".lab-yours a").count() == 1
+        tab.locator(".lab-yours a").focus()
+        tab.keyboard.press("Enter")
+        tab.keyboard.type("3")
+        tab.keyboard.press("Enter")
+        assert tab.locator(".lab-text").nth(1).text_content().startswith("Noted: 3")
+        assert tab.locator(".lab-yours a").count() == 0
 
 
 def test_without_javascript(sample):
