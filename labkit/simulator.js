@@ -21,7 +21,7 @@
 
     function step(model, device, context, batch, switches) {
       const known = { ...data.models[model], ...data.devices[device], context, batch };
-      data.switches.forEach((name, i) => { known[name] = switches[i]; });
+      Object.keys(data.techniques).forEach((name, i) => { known[name] = switches[i]; });
       formulas.forEach(([name, formula]) => { known[name] = formula(known); });
       return known;
     }
@@ -29,37 +29,45 @@
       item.className = "x " + (to > from ? color : "");
       item.style.cssText = `left:${from / 1.2}%;width:${(to - from) / 1.2}%;top:${50 * lane}%`;
     }
+    const value = (input) => Number(input.type === "checkbox" ? input.checked : input.value);
     function update() {
-      const choice = inputs.map((input, i) => options[i][input.value]);
+      const choice = inputs.map((input, i) => options[i][value(input)]);
       inputs.forEach((input, i) => {
         const output = input.parentNode.querySelector("output");
         if (output) { output.textContent = choice[i]; input.setAttribute("aria-valuetext", choice[i]); }
       });
-      const switches = inputs.slice(4).map((input) => Number(input.value));
+      const switches = inputs.slice(4).map(value);
       const steps = [switches.map(() => 0), switches].map((s) => step(...choice.slice(0, 4), s));
-      let slowest = null, times = 6; // the bars of the memory come first
+      let slowest = null, times = 7; // six bars of the memory and its line come first
       steps.forEach((s, lane) => {
         const sums = [0, s.weights, s.weights + s.used, s.weights + s.used + s.empty];
         const cuts = sums.map((sum) => Math.min(120, (100 * sum) / s.memory));
         ["sky", "blue", "orange"].forEach((color, i) => bar(items[3 * lane + i], lane, color, cuts[i], cuts[i + 1]));
+        items[3 * lane].textContent = s.weights > data.full * s.memory ? "does not fit" : "";
         if (s.tokens) {
           slowest ??= 1 / s.tokens;
           bar(items[times++], lane, "green", 0, Math.min(120, 100 / s.tokens / slowest));
         }
         data.rows.forEach(([, name, ...form], i) => {
           const none = data.ofAStep.includes(name) && !s.running;
-          items[8 + 2 * i + lane].textContent = none ? "-" : shown(s[name], ...form);
+          items[9 + 2 * i + lane].textContent = none ? "-" : shown(s[name], ...form);
         });
       });
-      for (; times < 8; times++) items[times].style.cssText = "display:none";
+      for (; times < 9; times++) items[times].style.cssText = "display:none";
       const words = { batch: thousands(String(choice[3])) };
       data.rows.forEach(([, name, times, decimals]) => { words[name] = shown(steps[1][name], times, decimals, ""); });
-      const labels = choice.slice(4).join(", ");
+      const labels = Object.values(data.techniques).filter((_, i) => switches[i]).join(", ") || "all off";
       words.choice = `${choice[0]} on ${choice[1]}, ${thousands(String(choice[2]))} tokens each, ${labels}`;
       text.textContent = data.text[steps[1].running ? "runs" : "full"].replace(/\{(\w+)\}/g, (_, name) => words[name]);
       stage.setAttribute("aria-label", text.textContent);
     }
     figure.addEventListener("input", update);
+    figure.addEventListener("click", (event) => {
+      const on = event.target.dataset.all;
+      if (!on) return;
+      inputs.slice(4).forEach((input) => { input.checked = on === "1"; });
+      update();
+    });
     figure.addEventListener("keydown", (event) => event.stopPropagation()); // the page and JupyterLab have keys of their own
     figure.querySelector(".lab-controls").hidden = false;
     update();

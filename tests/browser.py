@@ -60,6 +60,10 @@ def operate(tab, player):
     for field in fields:
         at_end = field.evaluate("f => f.selectedIndex === f.length - 1 || (f.max !== undefined && f.value === f.max)")
         press(field, "ArrowLeft" if at_end else "ArrowRight")
+    for box in player.query_selector_all("input[type=checkbox]"):
+        press(box, "Space")
+    for button in player.query_selector_all("button[data-all]"):
+        press(button, "Enter")
     if step := player.query_selector("button[data-go=next]"):
         fields[0].focus()
         tab.keyboard.press("Home")

@@ -94,6 +94,7 @@ def test_what_does_not_fit_does_not_run():
     assert now["text"].endswith("fits beside the weights.")
     steps = ("a step reads", "a step takes at least", "rows that are useful")
     assert all(now["values"][row] == ["-", "-"] for row in steps)
+    assert [label for *_, label in now["memory"]["bars"]] == ["does not fit", "", ""] * 2
     assert now["values"]["tokens/s at most"] == ["0", "0"]
 
 
@@ -221,8 +222,14 @@ def test_in_a_browser(tmp_path):
             x.style.display === 'none' ? null : x.textContent || [x.className.slice(2), x.style.left, x.style.width, x.style.top])]"""
         figure = tab.query_selector(".lab-player")
         assert not operate(tab, figure)
+        for words, on in (("all on", True), ("all off", False)):
+            tab.get_by_role("button", name=words).click()
+            boxes = tab.get_by_role("group", name="techniques").get_by_role("checkbox")
+            assert [box.is_checked() for box in boxes.all()] == [on] * len(SWITCHES)
+        assert ", all off: " in figure.query_selector(".lab-text").text_content()
         draw = f"""(f, places) => places.map(place => {{
-            f.querySelectorAll('input, select').forEach((field, i) => {{ field.value = place[i]; }});
+            f.querySelectorAll('input, select').forEach((field, i) => {{
+                if (field.type === 'checkbox') field.checked = place[i]; else field.value = place[i]; }});
             f.dispatchEvent(new Event('input'));
             return ({read})(f); }})"""
         drawn = figure.evaluate(draw, places)
@@ -239,6 +246,9 @@ def test_in_a_browser(tmp_path):
             else:
                 numbers = [float(x) for x in re.findall(r"[\d.e-]+(?=%)", style)]
                 assert item[0] == color
+                if color == "lab-cursor":  # drawn once, by Python
+                    assert item[1] == "75%"
+                    continue
                 assert [float(x.rstrip("%")) for x in item[1:]] == pytest.approx(numbers, abs=0.01), choice
 
 
