@@ -1,6 +1,7 @@
 """What the chapter on distillation steps through. Every number comes from a real run of the function it shows."""
 
 import torch
+import torch.nn.functional as F
 
 from labkit import corpus, player
 from labkit.check import compare
@@ -31,30 +32,33 @@ def softened(logits, temperature):
 
 def temperature_player(model):
     """What the teacher says of the next byte, at several temperatures."""
-    found = {text: next_logits(model, text) for text in CONTEXTS}
-    names = {repr(text)[1:-1]: text for text in CONTEXTS}
+    found = {text.replace("\n", "⏎"): next_logits(model, text) for text in CONTEXTS}
 
     def frame(name, temperature):
-        logits = found[names[name]]
+        logits = found[name]
         p, entropy = softened(logits, temperature)
         top = logits.topk(SHOWN).indices.tolist()
-        bars = [(i, 0.0, p[t].item(), "blue" if i == 0 else "sky", "") for i, t in enumerate(top)]
-        grid = [[("", byte_name(t)), ("", f"{p[t]:.3f}")] for t in top]
+        longest = softened(logits, TEMPERATURES[0])[0].max()
+        bars = []
+        for i, t in enumerate(top):
+            end, label = 100 * (p[t] / longest).item(), f"{byte_name(t)}  {p[t]:.3f}"
+            inside = end > 60  # else the label stands behind the bar
+            bars.append((i, 0.0, end, "sky" if i else "blue", label if inside else ""))
+            bars.append((i, end, end, "", "" if inside else label))
         rest = 1 - p[top[0]].item()
         numbers = {"entropy, bits": f"{entropy:.2f}", "not on the likeliest": f"{rest:.1%}"}
         text = f"At T = {temperature}, {byte_name(top[0])} has {p[top[0]]:.1%}; the other 257 share {rest:.1%}."
-        return {"text": text, "p": bars, "bytes": grid, "numbers": numbers}
+        return {"text": text, "p": bars, "numbers": numbers}
 
     ranks = [f"{i + 1}." for i in range(SHOWN)]
     panels = {
-        "bytes": player.Grid(SHOWN, 2, row_labels=ranks, col_labels=["byte", "p"]),
-        "p": player.Bars(ranks, unit="probability", span=1.0),
+        "p": player.Bars(ranks, unit="% of the largest p after this text", span=100, long_labels=True),
         "numbers": player.Values(["entropy, bits", "not on the likeliest"]),
     }
-    first = next(iter(names))
+    start = (list(found)[2], 2)
     return player.Explorer(
-        "Dark knowledge", {"after": list(names), "temperature": list(TEMPERATURES)}, panels, frame,
-        legend={"blue": "the likeliest byte", "sky": "the next seven"}, start=(first, 1), key=(first, 2),
+        "Dark knowledge", {"after": list(found), "temperature": list(TEMPERATURES)}, panels, frame,
+        legend={"blue": "the likeliest byte", "sky": "the next seven"}, start=start,
         caption="The lab's model on the byte after a text. A hard label is one byte; the teacher ranks them all.",
     )  # fmt: skip
 
@@ -62,7 +66,6 @@ def temperature_player(model):
 # ---- one mode or both
 
 X = torch.linspace(-6, 6, 121, dtype=torch.float64)
-MUS, SIGMAS = tuple(range(-3, 4)), (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
 DIVERGENCES = {
     "forward KL": dict(kind="forward_kl"),
     "JSD, beta 0.1": dict(kind="jsd", beta=0.1),
@@ -105,44 +108,33 @@ def between(logits):
     return logits.softmax(-1)[X.abs() < 1].sum().item()
 
 
-def nearest(values, x):
-    return min(range(len(values)), key=lambda i: abs(values[i] - x))
+def lanes_of(logits):
+    """The probability within 0.25 of every multiple of 0.5, from -6 to 6: 25 numbers."""
+    return F.pad(logits.softmax(-1), (2, 2)).view(-1, 5).sum(-1).tolist()
 
 
 def landscape_player(starts=(-3.0, 0.5, 3.0)):
-    """The loss over mean and width of a bell that imitates two modes, and the way down from several starts."""
-    mu, sigma = torch.tensor(MUS), torch.tensor(SIGMAS)
-    bells = bell(mu[None, :, None], sigma[:, None, None])  # [sigma, mu, X]
-    teacher = two_modes().expand_as(bells)
-    losses = {name: kd_loss(bells, teacher, reduction="none", **o) for name, o in DIVERGENCES.items()}
-    paths = {name: descend(o, starts) for name, o in DIVERGENCES.items()}
+    """A bell that imitates two modes, on its way down from several starts, beside the teacher."""
+    teacher, paths = lanes_of(two_modes()), {name: descend(o, starts) for name, o in DIVERGENCES.items()}
 
     def frame(name, start, step):
-        loss, path = losses[name], paths[name][start]
-        lowest, seen = loss.argmin().item(), [(nearest(SIGMAS, s), nearest(MUS, m)) for m, s, _ in path[: step + 1]]
-
-        def cell(r, c):
-            color = "orange" if (r, c) == seen[-1] else "sky" if (r, c) in seen else ""
-            if not color and r * len(MUS) + c == lowest:
-                color = "outline"
-            return color, f"{loss[r, c]:.2f}"
-
-        grid = [[cell(r, c) for c in range(len(MUS))] for r in range(len(SIGMAS))]
-        m, s, value = path[step]
-        share = between(bell(m, s))
+        m, s, value = paths[name][start][step]
+        bars, share = [], between(bell(m, s))
+        for lane, (t, p) in enumerate(zip(teacher, lanes_of(bell(m, s)))):
+            pair = [(lane, 0, round(t, 3), "muted", ""), (lane, 0, round(p, 3), "orange", "")]  # few states: small
+            bars += sorted(pair, key=lambda bar: -bar[2])  # the shorter one in front
         where = f"mean {m:.2f}, width {s:.2f}; {share:.0%} of it between the modes"
         text = f"{name} from {start}, after {step} steps: {where}."
         numbers = {"loss": f"{value:.3f}", "between the modes": f"{share:.1%} (teacher: {between(two_modes()):.1%})"}
-        return {"text": text, "loss": grid, "student": numbers}
+        return {"text": text, "p": bars, "student": numbers}
 
+    names = [i // 2 if i % 2 == 0 else "" for i in range(-12, 13)]
     panels = {
-        "loss": player.Grid(
-            len(SIGMAS), len(MUS), col_labels=MUS, row_labels=SIGMAS, name="the loss; columns: mean, rows: width"
-        ),
+        "p": player.Bars(names, unit="probability", lane_height=0.8, name="x, in steps of 0.5"),
         "student": player.Values(["loss", "between the modes"]),
     }
     controls = {"divergence": list(DIVERGENCES), "start at": list(starts), "step": list(STEPS)}
-    legend = {"orange": "here", "sky": "the way", "outline": "lowest cell"}
+    legend = {"muted": "teacher", "orange": "student"}
     caption = "A bell with two parameters learns from two modes, 60 % at -2 and 40 % at 2, by Adam on the lab's loss."
     start = ("forward KL", starts[-1], STEPS[-1])
     return player.Explorer("One mode or both?", controls, panels, frame, legend=legend, caption=caption, start=start)
