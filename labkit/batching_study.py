@@ -9,7 +9,7 @@ from labkit import player
 from labkit.model import Config, Llama
 from labkit.paged_attention import pad_tables, write_kv
 from labkit.record import Experiment
-from labkit.scheduler import Request, Scheduler
+from labkit.scheduler import Batch, Request, Scheduler
 from labkit.simulate import TOY, RooflineCost, anyscale, long_prompts, orca, simulate
 
 # ---- published figures, not reproduced here
@@ -203,7 +203,7 @@ def watch(requests, **settings) -> list[dict]:
     while batch := s.step():
         owner = {page: id for id in s.pool.seq_ids for page in s.pool.table(id)}
         seen.append({
-            "batch": batch, "owner": owner, "waiting": len(s.waiting), "finished": len(s.finished),
+            "batch": batch, "owner": owner, "waiting": len(s.waiting), "finished": set(s.finished),
             "tokens": sum(s.generated(r.id) for r in requests),
         })  # fmt: skip
     return seen
@@ -218,7 +218,7 @@ def batching_player(requests=PLAYED, num_pages=7, page_size=4, max_batch=3, max_
 
     def cells(seen, until):
         rows = {name: [None] * longest for name in names}
-        for i, step in enumerate(seen[: until + 1]):
+        for i, step in enumerate(seen[:until]):
             batch = step["batch"]
             for id, _, n in batch.prefill:
                 rows[id][i] = ("orange", str(n))
@@ -226,12 +226,18 @@ def batching_player(requests=PLAYED, num_pages=7, page_size=4, max_batch=3, max_
                 rows[id][i] = "blue"
             for id in batch.preempted:
                 rows[id][i] = ("purple", "!")
+            for id in names:
+                if rows[id][i] is None and id not in step["finished"]:
+                    rows[id][i] = "outline"
         return list(rows.values())
 
     def frame(policy, iteration):
         seen = runs[policy]
-        i = min(iteration, len(seen)) - 1
-        step, batch = seen[i], seen[i]["batch"]
+        if iteration <= len(seen):
+            step = seen[iteration - 1]
+        else:  # the run is over: nothing is computed and every page is free
+            step = seen[-1] | {"batch": Batch(), "owner": {}}
+        batch = step["batch"]
         pages = [("green", step["owner"][p]) if p in step["owner"] else "muted" for p in range(num_pages)]
         if iteration > len(seen):
             text = f"{policy}: all done after {len(seen)} iterations."
@@ -239,28 +245,31 @@ def batching_player(requests=PLAYED, num_pages=7, page_size=4, max_batch=3, max_
             doing = [f"{id} prefills {n}" for id, _, n in batch.prefill] + [f"{id} decodes" for id in batch.decode]
             doing += [f"{id} is preempted" for id in batch.preempted]
             text = f"Iteration {iteration}: {', '.join(doing)}."
-            text += f" {batch.padding} computed for nothing." if batch.padding else ""
+            text += f" {batch.padding} row{'s' * (batch.padding > 1)} of padding computed." if batch.padding else ""
         rows = len(batch.prefill) + len(batch.decode)
         values = {
             "in the batch": f"{rows} of {max_batch}", "tokens computed": batch.num_tokens,
             "pages used": f"{len(step['owner'])} of {num_pages}", "waiting": step["waiting"],
-            "finished": step["finished"], "tokens generated": step["tokens"],
+            "finished": len(step["finished"]), "tokens generated": step["tokens"],
         }  # fmt: skip
-        return {"text": text, "time": cells(seen, i), "pages": [pages], "state": values}
+        return {"text": text, "time": cells(seen, iteration), "pages": [pages], "state": values}
 
     panels = {
-        "time": player.Grid(len(names), longest, row_labels=names, name="requests over iterations"),
+        "time": player.Grid(
+            len(names), longest, row_labels=names, col_labels=range(1, longest + 1), name="requests over iterations"
+        ),
         "pages": player.Grid(1, num_pages, name="the pages, and whose they are"),
         "state": player.Values(list(frame("static", 1)["state"])),
     }
-    legend = {"orange": "prefill (tokens)", "blue": "decode", "purple": "preempted"}
+    legend = {"orange": "prefill (tokens)", "blue": "decode", "purple": "preempted", "outline": "waits"}
     legend |= {"green": "page in use", "muted": "free"}
     limits = f"at most {max_batch} requests and {max_tokens} tokens a step"
-    caption = f"Six requests, {num_pages} pages of {page_size} tokens; {limits}."
+    caption = f"Six requests, {num_pages} pages of {page_size} tokens; {limits}. "
+    caption += "Compare static and continuous at iteration 9."
     controls = {"policy": list(runs), "iteration": list(range(1, longest + 1))}
     key = ("continuous, paged", len(runs["continuous, paged"]))
     return player.Explorer(
-        "Who runs when?", controls, panels, frame, legend=legend, caption=caption, start=("static", 1), key=key
+        "Who runs when?", controls, panels, frame, legend=legend, caption=caption, start=("static", 9), key=key
     )
 
 
@@ -271,6 +280,6 @@ def try_policy(policy, max_batch, num_pages):
     preempted = sum(len(step["batch"].preempted) for step in seen)
     if not seen:
         return f"{policy}: every request was refused, {num_pages} pages can hold none of them."
-    tokens, done = seen[-1]["tokens"], seen[-1]["finished"]
+    tokens, done = seen[-1]["tokens"], len(seen[-1]["finished"])
     done = f"{done} of {len(PLAYED)} finished"
     return f"{policy}: {tokens} tokens in {len(seen)} iterations, {done}, {preempted} preemptions."

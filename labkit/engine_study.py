@@ -296,7 +296,7 @@ PLAYED = dict(num_pages=12, page_size=8, max_batch=4, max_tokens=24, watermark=0
 
 
 def watch(prompts, lengths, settings, *, sampling=None, loaded=None):
-    """Serve texts and yield after every step what is to be seen: a dict of
+    """Serve texts and yield after every step, and once more when all is done, what is to be seen: a dict of
 
     batch; letters: {id: letter}; owners: {page: letters of its holders}; cached: pages that can be found; states and
     texts: {letter: ...}. loaded: what `labkit.model.load` returns; default: it is called.
@@ -307,8 +307,6 @@ def watch(prompts, lengths, settings, *, sampling=None, loaded=None):
     letters = dict(zip(ids, ascii_uppercase))
     while True:
         engine.step()
-        if not engine.batch:
-            return
         pool, owners = engine.scheduler.pool, {}
         for id in pool.seq_ids:
             for page in pool.table(id):
@@ -318,11 +316,15 @@ def watch(prompts, lengths, settings, *, sampling=None, loaded=None):
             "states": {letters[id]: engine.state(id) for id in ids},
             "texts": {letters[id]: decode(engine.output(id)) for id in ids},
         }  # fmt: skip
+        if not engine.batch:
+            return
 
 
 def describe(step) -> str:
     """What a step did, in words."""
     batch, letters = step["batch"], step["letters"]
+    if not batch:
+        return "Nothing is left to compute, and every page is free."
     doing = [f"{letters[id]} computes {n} tokens of its prompt" for id, _, n in batch.prefill]
     if batch.decode:
         names = ", ".join(letters[id] for id in batch.decode)
@@ -335,7 +337,8 @@ def engine_player() -> player.Stepper:
     """Five requests over twelve pages, on the lab's own model: who holds which page, and the texts as they grow."""
     steps, num_pages = [], PLAYED["num_pages"]
     names = list(ascii_uppercase[: len(PLAYED_PROMPTS)])
-    for number, seen in enumerate(watch(PLAYED_PROMPTS, PLAYED_LENGTHS, PLAYED, loaded=models.load(models.TEACHER)), 1):
+    played = list(watch(PLAYED_PROMPTS, PLAYED_LENGTHS, PLAYED, loaded=models.load(models.TEACHER)))
+    for number, seen in enumerate(played, 1):
         cells = []
         for page in range(num_pages):
             who = seen["owners"].get(page, "")
@@ -350,7 +353,8 @@ def engine_player() -> player.Stepper:
     }
     legend = {"green": "held by one", "purple": "shared", "sky": "free, but can be found", "muted": "free"}
     caption = "A run of the engine: pages of 8 tokens, at most 4 requests and 24 tokens a step, chunked prefill."
-    return player.Stepper("Five requests, twelve pages", panels, steps, legend=legend, caption=caption)
+    key = max(range(len(played)), key=lambda i: len(played[i]["batch"].preempted))  # where somebody has to give way
+    return player.Stepper("Five requests, twelve pages", panels, steps, legend=legend, caption=caption, key=key)
 
 
 def picture(step, num_pages) -> str:

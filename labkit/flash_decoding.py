@@ -126,47 +126,46 @@ def traced_problem(kv_len=230, head_dim=8):
 def split_player(o, lse, walk):
     """Step through a recorded launch (`labkit.trace.watch` of `attend_tile` on `traced_problem`) and its merge.
 
-    Which keys a program read is seen in the values that it loaded; m, l and acc are those of query head 0.
+    A step shows one tile of every program, as a GPU would run them. Which keys a program read is seen in the values
+    that it loaded; m, l and acc are those of query head 0.
     """
-    tiles = {}  # program -> its tiles of keys, as (first, last)
+    tiles = {}  # program -> its tiles: (keys, outputs)
     for step in walk:
-        keys = step.inputs[2][:, 0]
-        tiles.setdefault(step.program[0], []).append((int(keys.max() - (keys > 0).sum()), int(keys.max()) - 1))
+        numbers = step.inputs[2][:, 0]
+        first, last = int(numbers.max() - (numbers > 0).sum()), int(numbers.max()) - 1
+        tiles.setdefault(step.program[0], []).append((f"{first}–{last}", step.outputs))
     width = max(map(len, tiles.values()))
-    table = {f"split {s}": [""] * 4 for s in tiles}
-    steps, done = [], dict.fromkeys(tiles, 0)
+    table, steps = {f"split {s}": [""] * 4 for s in tiles}, []
 
-    def picture(now=None):
-        def cell(s, i):
-            color = "orange" if (s, i) == now else "blue" if i < done[s] else "muted"
-            return (color, "{}-{}".format(*tiles[s][i])) if i < len(tiles[s]) else None
+    def picture(now):
+        colors = ["blue"] * now + ["orange"] + ["muted"] * width
+        rows = [[(color, keys) for color, (keys, _) in zip(colors, own)] for own in tiles.values()]
+        return [row + [None] * (width - len(row)) for row in rows]
 
-        return [[cell(s, i) for i in range(width)] for s in tiles]
-
-    for step in walk:
-        s = step.program[0]
-        m, l, acc = step.outputs
-        first, last = tiles[s][done[s]]
-        table[f"split {s}"] = [f"{m[0]:.3f}", f"{l[0]:.3f}", f"{acc[0, 1]:.3f}", f"{acc[0, 2]:.3f}"]
-        text = f"Program {s} reads keys {first} to {last} and updates its own m, l and acc."
-        steps.append({"text": text, "keys": picture((s, done[s])), "state": dict(table) | {"merged": [""] * 4}})
-        done[s] += 1
+    for i in range(width):
+        now = {s: own[i] for s, own in tiles.items() if i < len(own)}
+        for s, (_, (m, l, acc)) in now.items():
+            table[f"split {s}"] = [f"{m[0]:.3f}", f"{l[0]:.3f}", f"{acc[0, 1]:.3f}", f"{acc[0, 2]:.3f}"]
+        reads = ", ".join(f"program {s} reads keys {keys}" for s, (keys, _) in now.items())
+        text = f"At once, {reads}. Each updates its own m, l and acc."
+        steps.append({"text": text, "keys": picture(i), "state": dict(table) | {"merged": [""] * 4}})
     merged = ["", f"lse {lse[0, 0]:.3f}", f"o {o[0, 0, 1]:.3f}", f"o {o[0, 0, 2]:.3f}"]
     text = "The merge weighs each split by exp(lse of the split - lse of all). This is the kernel's output."
-    steps.append({"text": text, "keys": picture(), "state": dict(table) | {"merged": merged}})
+    steps.append({"text": text, "keys": picture(width), "state": dict(table) | {"merged": merged}})
     panels = {
         "keys": player.Grid(len(tiles), width, row_labels=[f"split {s}" for s in tiles], name="tiles of keys"),
         "state": player.Values([*table, "merged"], ["m (log2)", "l", "acc[1]", "acc[2]"], name="query head 0"),
     }
     legend = {"orange": "being read", "blue": "read", "muted": "not yet"}
-    caption = "A run of the kernel in the interpreter, which takes one program after another; a GPU runs them at once."
+    caption = "Recorded in the interpreter, one program after another; drawn as a GPU runs them, at once."
     return player.Stepper("Three splits and a merge", panels, steps, legend=legend, caption=caption)
 
 
 def sm_player(gpu="H200", num_kv_heads=2, head_dim=128):
     """What the split rule sees: programs, the SMs they fill and the waves they take. A model, not a measurement."""
     num_sms = GPUS[gpu].num_sms
-    rows, cols = 6, num_sms // 6
+    cols = 12  # narrow enough for a phone
+    rows = -(-num_sms // cols)
 
     def frame(batch, kv_len):
         rule = splits.choose(batch * num_kv_heads, num_sms, kv_len, head_dim)
@@ -179,9 +178,10 @@ def sm_player(gpu="H200", num_kv_heads=2, head_dim=128):
             for w in range(waves):
                 at = [100 * (w + i) * blocks / length["one split"] for i in (0, 1)]
                 in_wave = min(2 * num_sms, programs - w * 2 * num_sms)
-                lanes.append((lane, *at, ("blue", "sky")[w % 2], f"{in_wave} programs"))
+                lanes.append((lane, *at, "green", f"{in_wave} programs"))
             busy = [programs // num_sms + (sm < programs % num_sms) for sm in range(num_sms)]
-            colors = ["muted" if b == 0 else "sky" if b == 1 else "blue" for b in busy]
+            colors = ["outline" if b == 0 else "sky" if b == 1 else "blue" for b in busy]
+            colors += [None] * (rows * cols - num_sms)
             grids[name] = [colors[r * cols : (r + 1) * cols] for r in range(rows)]
             values[name] = [n, programs, f"{sum(b > 0 for b in busy)} of {num_sms}", waves, blocks]
         cut, whole = values["the rule"][-1], values["one split"][-1]
@@ -195,7 +195,7 @@ def sm_player(gpu="H200", num_kv_heads=2, head_dim=128):
         "work": player.Values(["one split", "the rule"], ["splits", "programs", "SMs at work", "waves", "blocks each"]),
     }
     controls = {"batch": [1, 2, 4, 8, 16, 32, 64], "keys": [1024, 4096, 16384, 65536]}
-    legend = {"muted": "idle", "sky": "one program", "blue": "two or more"}
+    legend = {"outline": "idle", "sky": "one program", "blue": "two or more", "green": "a wave of programs"}
     caption = f"A model of an {gpu} with {num_kv_heads} KV heads, two programs per SM: blocks, not measured time."
     return player.Explorer("Who has work?", controls, panels, frame, legend=legend, caption=caption, start=(1, 16384))
 

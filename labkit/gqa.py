@@ -141,7 +141,14 @@ def loaded_bytes(walk) -> int:
 
 
 def reads_player(problem, walks):
-    """Two watched launches on the same problem, tile by tile, side by side. walks: {name: the steps of a launch}."""
+    """Two watched launches on the same problem, tile by tile, side by side.
+
+    walks: {whom a program serves, such as "per group": the steps of the launch}.
+    """
+
+    def capital(name):
+        return name[0].upper() + name[1:]
+
     num_kv_heads, group = problem["k"].shape[2], problem["q"].shape[1] // problem["k"].shape[2]
     size = max(int((step.inputs[2][:, 0] > 0).sum()) for walk in walks.values() for step in walk)
     num_tiles = -(-problem["k"].shape[1] // size)
@@ -157,22 +164,24 @@ def reads_player(problem, walks):
                 head, first = divmod(int(numbers[0]) - 1, 1000)
                 now = head, first // size
                 counts[name][head][now[1]] += 1
-                program = walk[i].program[1]
-                first_query, last_query = program * heads[name], (program + 1) * heads[name] - 1
-                queries = f"heads {first_query}-{last_query}" if heads[name] > 1 else f"head {first_query}"
-                text.append(f"{name}: program {program} (query {queries}) loads KV head {head}.")
-            elif i == len(walk):
-                text.append(f"{name}: done.")
+                program, again = walk[i].program[1], " again" * (counts[name][head][now[1]] > 1)
+                queries = f"{program * heads[name]}–{(program + 1) * heads[name] - 1}"
+                who = f"program {program}" + f" (query heads {queries})" * (heads[name] > 1)
+                text.append(f"{capital(name)}: {who} loads KV head {head}{again}.")
+            else:
+                text.append(f"{capital(name)}: done after {len(walk)} loads.")
             colors = ["muted", "blue", "purple"]
             frame[f"tiles {number}"] = [
                 [("orange" if (h, t) == now else colors[min(n, 2)], f"{n}x") for t, n in enumerate(row)]
                 for h, row in enumerate(counts[name])
             ]
         done = {name: f"{loaded_bytes(walk[: i + 1]):,}" for name, walk in walks.items()}
-        steps.append({"text": " ".join(text) or "The other launch ended long ago.", "bytes": done} | frame)
-    rows, cols = [f"KV head {h}" for h in range(num_kv_heads)], [f"{t * size}-" for t in range(num_tiles)]
+        steps.append({"text": " ".join(text), "bytes": done} | frame)
+    rows = [f"KV head {h}" for h in range(num_kv_heads)]
+    cols = [f"{t * size}–{min((t + 1) * size, problem['k'].shape[1]) - 1}" for t in range(num_tiles)]
+    labels = dict(row_labels=rows, col_labels=cols, corner="keys")
     panels = {
-        f"tiles {n}": player.Grid(num_kv_heads, num_tiles, row_labels=rows, col_labels=cols, name=name)
+        f"tiles {n}": player.Grid(num_kv_heads, num_tiles, **labels, name=f"one program {name}")
         for n, name in enumerate(walks)
     }
     panels["bytes"] = player.Values(list(walks), ["bytes loaded"])

@@ -157,9 +157,11 @@ def walk_player(inputs, o, walk):
     )
     rows = [colors[i : i + size] for i in range(0, len(colors), size)]
     steps.append({"text": text, "pages": rows, "table": {"page": [("", str(page)) for page in table]}})
+    cuts = [f"{start}–{min(start + size, len(mine)) - 1}" for start in range(0, len(mine), size)]
+    labels = [f"page {i}" + (f": keys {cuts[table.index(i)]}" if i in table else "") for i in range(num_pages)]
     panels = {
-        "pages": player.Grid(num_pages, size, row_labels=[f"page {i}" for i in range(num_pages)], name="the cache"),
-        "table": player.Values(["page"], [f"{i * size}-" for i in range(len(table))], name="block table, by position"),
+        "pages": player.Grid(num_pages, size, row_labels=labels, name="the cache"),
+        "table": player.Values(["page"], cuts, corner="keys", name="block table"),
     }
     legend = {"orange": "being read", "blue": "read", "sky": "of this sequence", "muted": "of nobody, or past its end"}
     caption = "A run of the kernel in the interpreter: 90 keys, pages of 16, tiles of 32 keys, two splits."

@@ -146,7 +146,7 @@ def pack_player(kernel, device="cpu"):
     rebuilt = [[(at.get(c, "muted"), _number(x)) for c, x in enumerate(back[0])]]
     packed = [[(color, _number(x)) for color, x in zip(colors, values[0])]]
     bits = [[(color, f"{i:02b}") for color, i in zip(colors, index)]]
-    byte, empty = f"{int(meta[0, 0]):08b} = {int(meta[0, 0])}", [[None] * 4]
+    byte, empty = f"{int(meta[0, 0]):08b} = {int(meta[0, 0])}", [["outline"] * 4]
     steps = [
         ("Eight weights: two groups of four.", plain, empty, empty, ""),
         ("The two largest of each group stay.", marked, empty, empty, ""),
@@ -161,7 +161,7 @@ def pack_player(kernel, device="cpu"):
         "bits": player.Grid(1, 4, name="indices"),
         "meta": player.Values(["byte"]),
     }
-    frames = [dict(text=t, w=r, values=v, bits=b, meta={"byte": m}) for t, r, v, b, m in steps]
+    frames = [dict(text=t, w=r, values=v, bits=b, meta={"byte": m or ("outline", "")}) for t, r, v, b, m in steps]
     caption = "bf16: 16 bytes become 8 bytes of values and one byte of indices."
     return player.Stepper("2:4 packing", panels, frames, caption=caption)
 

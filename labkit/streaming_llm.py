@@ -197,7 +197,7 @@ def cache_player(words, num_sinks=2, window=5):
         at = ring_positions(torch.tensor([cache.seen]), num_sinks, window)[0].tolist()
         slots = [int(x) for x in cache.k.flatten()]
         filled = range(len(cache))  # the slots that hold a token
-        strip = [(color(slots[s]), words[slots[s]]) if s in filled else None for s in range(size)]
+        strip = [(color(slots[s]), words[slots[s]]) if s in filled else "outline" for s in range(size)]
         positions = [("", str(at[s])) if s in filled else None for s in range(size)]
         numbers = [("", str(slots[s])) if s in filled else None for s in range(size)]
         evicted = f' It takes the slot of "{words[just[0]]}", which is evicted.' if just else ""

@@ -759,6 +759,8 @@ def test_player_shows_the_run():
     assert len(runs["static"]) > len(runs["continuous, paged"]) > len(runs["chunked, paged"])
     assert any(step["batch"].preempted for step in runs["continuous, paged"])
     assert "is preempted" in html
+    assert "of padding computed" in html
+    assert "0 of 7" in html, "the run is over: no page is anybody's"
     assert f"all done after {len(runs['chunked, paged'])} iterations" in html
 
 

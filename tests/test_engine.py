@@ -702,6 +702,7 @@ def test_player_and_demo_show_a_real_run():
     assert any(step["batch"].preempted for step in steps)
     assert any(len(who) == 2 for step in steps for who in step["owners"].values())
     prompts = [encode(prompt) for prompt in engine_study.PLAYED_PROMPTS]
+    assert not steps[-1]["owners"], "all is done, and no page is anybody's"
     texts = Engine(model, num_pages=99).generate(prompts, max_new_tokens=engine_study.PLAYED_LENGTHS)
     assert list(steps[-1]["texts"].values()) == [decode(text) for text in texts]
     html = engine_study.engine_player().html

@@ -227,7 +227,8 @@ def test_players_show_the_run(device):
     (o, lse), walk = trace.watch("kernels.flash_decoding", "attend_tile", "flash_decoding", arguments)
     assert_matches((o, lse), decode_attention, *list(arguments.values())[:4])
     html = ref.split_player(o, lse, walk).html
-    for text in ("0-31", "192-223", "224-229", f"lse {lse[0, 0]:.3f}", f"o {o[0, 0, 1]:.3f}"):
+    assert "At once, program 0 reads keys 64–95, program 1 reads keys 160–191. Each" in html
+    for text in ("0–31", "192–223", "224–229", "1 of 4", f"lse {lse[0, 0]:.3f}", f"o {o[0, 0, 1]:.3f}"):
         assert text in html, text
     assert "256 programs" in ref.sm_player().html
 

@@ -379,7 +379,7 @@ def test_player_shows_what_the_table_picks():
     texts = json.loads(html.html.split('<script type="application/json">')[1].split("</script>")[0])["texts"]
     want = [flow.pick(m, n, k) for n, k in flow.table for m in range(1, 20)]
     assert [text.split(": ")[1].split(".")[0] for text in texts] == want
-    assert texts[0] == "[64, 32], M = 1: gemv. Table: gemv first, then flat_gemm from M = 4, then library from M = 9."
+    assert texts[0] == "[64, 32], M = 1: gemv. Table: gemv from M = 1, then flat_gemm from M = 4, then library from M = 9."
     assert "gemv was faster" not in texts[0]
 
 

@@ -122,8 +122,8 @@ def test_reads_player_shows_the_runs():
     assert (len(walks["A"]), len(walks["B"])) == (24, 6)
     html = ref.reads_player(problem, walks).html
     for text in (
-        "A: program 7 (query head 7) loads KV head 1.", "B: program 1 (query heads 4-7) loads KV head 1.",
-        "A: program 3 (query head 3) loads KV head 0.", "B: done.", "4x", "92,160", "23,040",
+        "A: program 7 loads KV head 1 again.", "B: program 1 (query heads 4–7) loads KV head 1.", "64–89",
+        "A: program 3 loads KV head 0 again.", "B: done after 6 loads.", "4x", "92,160", "23,040",
     ):  # fmt: skip
         assert text in html, text
     assert "5x" not in html

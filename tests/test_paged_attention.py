@@ -804,6 +804,7 @@ def test_walk_player_shows_the_kernels_run():
     html = ref.walk_player(inputs, o, walk)._repr_html_()
     pages = inputs["block_table"][0].tolist()
     assert f"Program 0 reads 32 keys, which lie in pages {pages[0]} and {pages[1]}." in html
+    assert f"page {pages[-1]}: keys 80–89" in html
     assert "6 of the tile's 32 rows" in html.replace("&#x27;", "'")
     shown = float(re.search(r"o\[1\] is (-?[\d.]+):", html)[1])
     assert shown == pytest.approx(float(ref.paged_decoding(**inputs)[0][0, 0, 1]), abs=1e-4)
