@@ -286,7 +286,7 @@ def _player(title, panels, frames, controls, options, key, legend, caption, choo
         block = f'<div class="lab-panel{wide}">{heading}{panel.html(panel.items(frames[key][name]))}</div>'
         drawn, values = (drawn, values + block) if isinstance(panel, Values) else (drawn + block, values)
     marks = [f'<li><i class="{_color(c)}"></i>{escape(meaning)}</li>' for c, meaning in (legend or {}).items()]
-    wide = " lab-wide" if any(isinstance(panel, Bars) for panel in panels.values()) else ""
+    wide = "" if any(panel.kind == Grid.kind for panel in panels.values()) else " lab-wide"  # bars may be narrower
     stage = f'<div class="lab-panels lab-stage{wide}" role="img" aria-label="{escape(texts[key])}">{drawn}</div>'
     controls = f'<div class="lab-controls" hidden>{controls}</div>'
     body = (
