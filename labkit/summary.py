@@ -83,7 +83,7 @@ def minutes(path):
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             words += _words(source)
-        elif not any(tag.startswith("hide") for tag in cell["metadata"].get("tags", [])):
+        elif not any(tag.startswith(("hide", "remove")) for tag in cell["metadata"].get("tags", [])):
             lines += source.count("\n") + 1
         for output in cell.get("outputs", []):
             data = {kind: "".join(text) for kind, text in output.get("data", {}).items() if kind.startswith("text/")}

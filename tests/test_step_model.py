@@ -10,7 +10,19 @@ from browser import chromium, operate, page
 from bs4 import BeautifulSoup
 
 import kernels.gqa
-from labkit import bench, fusion, gqa, paged_attention, pruning, record, roofline, simulator, step_map, step_model
+from labkit import (
+    bench,
+    fusion,
+    gqa,
+    paged_attention,
+    pruning,
+    record,
+    roofline,
+    simulator,
+    step_bill,
+    step_map,
+    step_model,
+)
 from labkit.gpus import GPUS
 from labkit.model import Config, Llama
 from labkit.provenance import ROOT
@@ -144,6 +156,29 @@ def test_the_map_names_every_chapter_and_says_what_a_link_is():
         assert link["aria-label"].startswith(f"Chapter {link.tspan.text}, ")
     drawn = soup.svg.select("rect")
     assert all(float(r["x"]) + float(r["width"]) <= 380 for r in drawn)
+
+
+def test_the_bill_is_drawn_to_scale_and_links_to_the_chapters_that_shorten_it():
+    soup = BeautifulSoup(step_bill.step_bill()._repr_html_(), "html.parser")
+    widths = {kind: [float(r["width"]) for r in soup.select(f"rect.{kind}")] for kind in ("weights", "cache", "compute")}
+    for i, users in enumerate(step_bill.USERS):
+        got, gpu = step(step_bill.MODEL, step_bill.GPU, step_bill.CONTEXT, users), GPUS[step_bill.GPU]
+        scale = widths["weights"][0] / (got["read"] - got["used"])
+        assert widths["weights"][i] == widths["weights"][0], "the weights are the same for one user"
+        assert widths["cache"][i] == pytest.approx(scale * got["used"], abs=0.3)
+        arithmetic = scale * got["operations"] / gpu.bf16_flops * gpu.bandwidth
+        assert widths["compute"][i] == pytest.approx(max(1, arithmetic), abs=0.3)
+    links = soup.select("svg a")
+    assert [int(link.tspan.text) for link in links] == [1, 2, 3, 9, 4, 5, 6, 7, 8]
+    for link in links:
+        assert link["href"] == f"{step_map.CHAPTERS[int(link.tspan.text)][0]}.html"
+        assert link.title.text == link["aria-label"]
+
+
+def test_the_first_page_shows_the_bill_as_it_is():
+    assert step_bill.FILE.name in (ROOT / "chapters" / "intro.md").read_text(encoding="utf-8")
+    written = step_bill.FILE.read_text(encoding="utf-8")
+    assert written == step_bill.step_bill()._repr_html_() + "\n", "old: run python -m labkit.step_bill"
 
 
 def test_points_are_those_of_the_cases():

@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 
 import kernels
 from labkit import bench, record, summary
 from labkit.provenance import ROOT
 from labkit.record import CEILING, Row
+from labkit.step_map import CHAPTERS
 
 SHARED = dict(device="Test GPU", driver="1", torch="2", triton="3", date="2026-01-01 00:00:00", commit="abc")
 
@@ -89,11 +91,24 @@ def test_minutes_of_a_notebook(tmp_path):
     assert summary.minutes(path) == pytest.approx(6 / 150 + (2 + 4) / 10)
 
 
-def test_the_first_page_says_how_long_a_chapter_takes():
+def test_the_cards_of_the_first_page_say_what_the_chapters_say():
+    """Title, recap of _config.yml, and the minutes that stand in the chapter's overview."""
     text = (ROOT / "chapters" / "intro.md").read_text(encoding="utf-8")
-    said = [int(x) for x in re.search(r"\| minutes \|(.*)\|", text)[1].split("|")]
-    for path, minutes in zip(sorted((ROOT / "chapters").glob("[0-9][0-9]_*.ipynb")), said, strict=True):
-        assert abs(summary.minutes(path) - minutes) < 20, f"{path.name}: about {summary.minutes(path):.0f} minutes"
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    recaps = config["sphinx"]["config"]["html_context"]["recaps"]
+    card = r"{grid-item-card} (\d+) (.*)\n:link: (.*)\n:link-type: doc\n\n(.*)\n\+\+\+\n(\d+) minutes\n:::"
+    cards = [(int(number), title, file, recap) for number, title, file, recap, _ in re.findall(card, text)]
+    assert cards == [(number, title, file, recaps[file]) for number, (file, title) in CHAPTERS.items()]
+    for *_, file, _, said in re.findall(card, text):
+        path = ROOT / "chapters" / f"{file}.ipynb"
+        assert f"Time: about {said} minutes" in path.read_text(encoding="utf-8"), file
+        assert abs(summary.minutes(path) - int(said)) < 20, f"{file}: about {summary.minutes(path):.0f} minutes"
+
+
+def test_the_first_page_says_how_long_its_beginning_takes():
+    text = (ROOT / "chapters" / "intro.md").read_text(encoding="utf-8")
+    said = int(re.search(r"{doc}`one_step` \((\d+) minutes", text)[1])
+    assert abs(summary.minutes(ROOT / "chapters" / "one_step.ipynb") - said) < 5
 
 
 EXPERIMENTS = summary.experiments()
