@@ -58,7 +58,6 @@ NB_METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-SOLUTION = {"code_prompt_show": "Show a solution", "code_prompt_hide": "Hide the solution"}  # on the fold's handle
 _TOP = "home|root|tmp|usr|opt|var|mnt|work|workspace|Users|private"
 _ABSOLUTE = re.compile(rf"(?<![\w.~/:<-])/(?:{_TOP})/|\b[A-Z]:\\\\?Users")
 
@@ -126,13 +125,24 @@ def tidy(notebook, *, new_ids=False):
         used.add(cell.id)
         if cell.cell_type == "code":
             cell.metadata.pop("mystnb", None)
-            if cell.source.endswith(".solution"):
-                cell.metadata["mystnb"] = nbformat.from_dict(SOLUTION)
+            if handle := _handle(cell):
+                show, hide = f"Show {handle}", f"Hide {handle.replace('a ', 'the ')}"
+                cell.metadata["mystnb"] = nbformat.from_dict({"code_prompt_show": show, "code_prompt_hide": hide})
             for output in cell.outputs:
                 # labkit.plot.show puts caption and alt text into the output; the book reads them from the cell.
                 if figure := output.get("metadata", {}).get("lab_figure"):
                     cell.metadata["mystnb"] = nbformat.from_dict(figure)
     return notebook
+
+
+def _handle(cell):
+    """What is folded in a cell, for the words on the fold's handle; "" where _config.yml's do."""
+    tags = cell.metadata.get("tags", [])
+    if cell.source.endswith(".solution"):
+        return "a solution"
+    if "hide-output" in tags:
+        return "the table"
+    return "the imports" if "hide-input" in tags and cell.source.startswith("import kernels") else ""
 
 
 def dumps(notebook):
