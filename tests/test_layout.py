@@ -1,12 +1,13 @@
 """The picture of a launch has as many cells as the launch has programs, rows, tiles and pages."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
-from labkit import layout, plot
+from labkit import layout, plot, waiting
 
 CONFIG = {"BLOCK_H": 16, "BLOCK_N": 64, "num_stages": 3}
 
@@ -52,6 +53,19 @@ def test_pages_cut_a_tile(page_size, cuts):
     assert "10 tiles ..." in words(program)
     assert "padding" not in words(program)
     plot.plt.close(fig)
+
+
+def test_who_waits_for_whom():
+    """Under a running maximum every tile waits for the one before it; under one phi for none."""
+    slow, fast = waiting.running(), waiting.unified()
+    for before, lane in pairwise(slow):
+        assert lane[1][1] >= before[1][2], "the maximum needs the one before"
+        assert lane[3][1] >= before[4][2], "the accumulator holds all that was added before"
+    assert all(start == end for lane in fast for (_, _, end), (_, start, _) in pairwise(lane))
+    lanes, tiles = waiting.draw().axes
+    assert words(lanes).count("q·k") == 2 * waiting.TILES
+    assert "padding\n87.5 %" in words(tiles)
+    assert "padding\n0 %" in words(tiles)
 
 
 PLANTED_BUGS = [
