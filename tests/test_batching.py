@@ -12,8 +12,8 @@ from fresh_memory import nan_in_fresh_memory
 import kernels
 import kernels.batching as ops
 from labkit import batching as ref
+from labkit import batching_slots, splits, trace
 from labkit import batching_study as study
-from labkit import splits, trace
 from labkit.attention import attention
 from labkit.batching import TOY, Request, Scheduler, simulate
 from labkit.check import BF16, F16, F32, assert_matches
@@ -768,6 +768,31 @@ def test_player_shows_the_run():
 def test_live_cell(policy):
     assert "33 tokens in" in study.try_policy(policy, 3, 7)
     assert "33 tokens in" not in study.try_policy(policy, 3, 1)  # most are refused
+
+
+def test_slots_show_what_ran():
+    """Every computed row stands in one cell, a request keeps its place, and nobody sits on another's."""
+    for name, options in study.PLAYED_POLICIES.items():
+        seen = study.watch(study.PLAYED, num_pages=7, page_size=4, max_batch=3, max_tokens=8, **options)
+        grid = batching_slots.slots(seen, 3)
+        for i, step in enumerate(seen):
+            cells = [row[i] for row in grid if row[i]]
+            batch = step["batch"]
+            said = [(id, "prefill") for id, *_ in batch.prefill] + [(id, "decode") for id in batch.decode]
+            assert sorted(cells) == sorted(said), name
+            if i and name == "static":
+                before = {row[i - 1][0]: place for place, row in enumerate(grid) if row[i - 1]}
+                assert all(before.get(row[i][0], place) == place for place, row in enumerate(grid) if row[i])
+
+
+def test_slots_are_drawn_and_counted():
+    seen = study.watch(study.PLAYED, num_pages=12, page_size=4, max_batch=3, max_tokens=16, policy="static", reserve="max")
+    ax = batching_slots.draw({"one": seen, "two": seen}, 3).axes[0]
+    words = [text.get_text() for text in ax.texts]
+    busy = sum(len(step["batch"].prefill) + len(step["batch"].decode) for step in seen)
+    assert f"{len(seen)} steps\n{3 * len(seen) - busy} idle cells" in words
+    assert words.count("idle") == 3 * len(seen) - busy
+    assert words.count("the next batch enters") == 1
 
 
 PLANTED_BUGS = [
