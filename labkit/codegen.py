@@ -474,9 +474,11 @@ _COLUMNS = {
 }
 
 
-def _breakable(cell):
+def _cell(column, words):
     """HTML of a cell; an instruction may break after its name, and never within its shape."""
-    return re.sub(r"(?<=HGMMA\.)|(?<=UTCHMMA\.)|(?<=v_mfma_f32_)", "<wbr>", html.escape(cell))
+    kind = ' class="lab-fails"' if column == "verdict" and words != "passes" else ""
+    words = re.sub(r"(?<=HGMMA\.)|(?<=UTCHMMA\.)|(?<=v_mfma_f32_)", "<wbr>", html.escape(words))
+    return f"<td{kind}>{words}</td>"
 
 
 class Report:
@@ -493,6 +495,17 @@ class Report:
             line = [str(show(row)) if name in known else "-" for name, show in _COLUMNS.items()]
             groups.setdefault((row["function"], row["case"]), []).append(line)
         return [(case, lines) for (_, case), lines in groups.items()]
+
+    def verdict(self):
+        """The gate's verdict on all rows, in words and whole numbers only: what fails, or that all pass; lines."""
+        if failed := [row for row in self.rows if row["problems"]]:
+            return [f"{row['case']}, {row['target']}, {row['kernel']}: {'; '.join(row['problems'])}" for row in failed]
+        narrow = sorted({row["kernel"].strip("_") for row in self.rows if row["wide_share"] < WIDE_SHARE})
+        allowed = f" (but in {', '.join(narrow)}, where a case allows it)" if narrow else ""
+        counts = {"case": len(self._groups()), "target": len({row["target"] for row in self.rows})}
+        passed = " x ".join(f"{count} {name}{'s' * (count > 1)}" for name, count in counts.items()) + " pass"
+        also = f"shared memory fits, 128-bit loads{allowed}, matrix instructions as expected"
+        return [f"{passed}: no spills, no stack,\n{also}"]
 
     def __repr__(self):
         if self.note:
@@ -512,10 +525,11 @@ class Report:
         if self.note:
             return f"<p>{html.escape(self.note)}</p>"
         head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in _COLUMNS)
-        parts = [f'<table class="lab-compiled"><thead><tr>{head}</tr></thead>']
+        lines = "<br>".join(html.escape(line) for line in self.verdict())
+        parts = [f'<p>{lines}.</p><table class="lab-compiled"><thead><tr>{head}</tr></thead>']
         for case, lines in self._groups():
             title = f'<th colspan="{len(_COLUMNS)}" scope="rowgroup">{html.escape(case)}</th>'
-            cells = ("".join(f"<td>{_breakable(cell)}</td>" for cell in line) for line in lines)
+            cells = ("".join(map(_cell, _COLUMNS, line)) for line in lines)
             parts.append(f"<tbody><tr>{title}</tr>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</tbody>")
         return "".join(parts) + "</table>"
 
@@ -535,17 +549,10 @@ def report(topic_or_cases, targets=TARGETS):
 def verdicts(topic, targets=TARGETS):
     """Print the gate's verdict on a topic in words and whole numbers only."""
     result = report(topic, targets)
-    failed = [row for row in result.rows if row["problems"]]
     if result.note:
         print(result.note)
-    elif failed:
-        for row in failed:
-            print(f"{topic}: {row['case']}, {row['target']}, {row['kernel']}: {'; '.join(row['problems'])}")
     else:
-        narrow = sorted({row["kernel"].strip("_") for row in result.rows if row["wide_share"] < WIDE_SHARE})
-        allowed = f" (but in {', '.join(narrow)}, where a case allows it)" if narrow else ""
-        passed = f"{topic}: {len(cases(topic))} cases x {len(targets)} targets pass: no spills, no stack,"
-        print(passed, f"shared memory fits, 128-bit loads{allowed}, matrix instructions as expected", sep="\n")
+        print(*(f"{topic}: {line}" for line in result.verdict()), sep="\n")
 
 
 if __name__ == "__main__":

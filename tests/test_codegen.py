@@ -220,6 +220,9 @@ def test_shown(compiled_once, capsys):
         assert part in page
     assert "F32" not in text
     assert page.count("<tr>") == 1 + 2 + 2, "the head, and for each case its name and a line"
+    assert page.startswith("<p>launches_nothing, sm_80, ")
+    assert page.count('class="lab-fails"') == 1
+    assert codegen.report([good], ("sm_80",))._repr_html_().startswith("<p>1 case x 1 target pass: no spills")
 
 
 @pytest.mark.parametrize(
@@ -244,7 +247,7 @@ def test_verdicts(compiled_once, monkeypatch, capsys):
     monkeypatch.setattr(codegen, "cases", lambda topic: [planted_case("sound")])
     codegen.verdicts("sound", ("sm_80", "gfx942"))
     line = capsys.readouterr().out
-    assert line.startswith("sound: 1 cases x 2 targets pass: no spills")
+    assert line.startswith("sound: 1 case x 2 targets pass: no spills")
     monkeypatch.setattr(codegen, "cases", lambda topic: [planted_case("sound"), planted_case("scalar_loads")])
     codegen.verdicts("mixed", ("sm_80",))
     line = capsys.readouterr().out
