@@ -151,7 +151,7 @@ def draw(report, *, name, caption, alt):
     return plot.show(fig, name=name, caption=caption, alt=alt)
 
 
-def folding_player(report, title, columns=8):
+def folding_player(report, title, columns=8, caption="From the pass itself."):
     """The graph folding, one replacement a step: each cell is a kernel, in the order of execution."""
     states = report.states()
     rows = -(-max(len(launched) for _, launched in states) // columns)
@@ -177,7 +177,7 @@ def folding_player(report, title, columns=8):
         "bill": player.Values(["launches", "MB moved"], name="the bill"),
     }
     legend = {color: meaning for color, (meaning, _) in KINDS.items()} | {"bold": "new in this step"}
-    return player.Stepper(title, panels, steps, legend=legend, caption="From the pass itself.")
+    return player.Stepper(title, panels, steps, legend=legend, caption=caption)
 
 
 SHORT = {"scaled_dot_product_attention": "sdpa", "add_rmsnorm": "add+norm", "rmsnorm": "norm", "contiguous": "copy"}

@@ -12,6 +12,7 @@ from cycler import cycler
 matplotlib.use("agg")  # no window, the same pixels everywhere
 
 from matplotlib import pyplot as plt
+from matplotlib.text import Text
 
 COLORS = {
     "blue": "#0072b2",
@@ -21,6 +22,7 @@ COLORS = {
     "sky": "#4a9fd8",
     "black": "#333333",
 }
+MIDDLE = "#7b7b7b"  # can be read on white and on the dark theme
 CMAP = "cividis"  # for heat maps: even in luminance, safe for colour-blind readers
 
 STYLE = {
@@ -66,7 +68,17 @@ class Figure:
 def figure(rows=1, cols=1, *, width=7.0, height=3.2, **kwargs):
     """(fig, axes) in the lab's style; width and height in inches; the rest goes to matplotlib's `subplots`."""
     with plt.rc_context(STYLE):
-        return plt.subplots(rows, cols, figsize=(width, height), **kwargs)
+        fig, axes = plt.subplots(rows, cols, figsize=(width, height), **kwargs)
+    if cols > 1:  # a label on the left of a panel stays clear of its neighbour
+        fig.get_layout_engine().set(wspace=0.08)
+    return fig, axes
+
+
+def bare(ax):
+    """No frame, no ticks, no grid: a drawing, whose axes mean nothing. Tick labels stay."""
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    ax.grid(False)
 
 
 def dumbbells(groups, *, width=8.0):
@@ -112,7 +124,7 @@ def show(fig, *, name, caption, alt, keep=False):
 
     name: unique in the book, e.g. "fig-waves". caption: MyST Markdown, what to see in it. alt: for those who cannot
     see it: the kind of plot, the axes, and what it shows; not a repetition of the caption. keep: the dark theme leaves
-    the figure as it is, for a heat map, where bright means much.
+    the figure as it is, for a heat map, where bright means much; its words are grey, on no background.
     Raises ValueError when one is missing or the alt text is too short to say anything.
     """
     if not name.startswith("fig-"):
@@ -121,9 +133,12 @@ def show(fig, *, name, caption, alt, keep=False):
         raise ValueError("caption: got an empty text, expected what to see in the figure")
     if len(alt.split()) < 5 or "\n" in alt:
         raise ValueError(f"alt: got {alt!r}, expected one line of at least five words")
+    if keep:
+        for text in fig.findobj(Text):
+            text.set_color(MIDDLE)
     buffer = io.BytesIO()
     with plt.rc_context(STYLE):
-        fig.savefig(buffer, format="png", dpi=2 * fig.dpi, metadata={"Software": None})
+        fig.savefig(buffer, format="png", dpi=2 * fig.dpi, transparent=keep, metadata={"Software": None})
     width = round(fig.get_figwidth() * fig.dpi)
     plt.close(fig)
     return Figure(buffer.getvalue(), name, " ".join(caption.split()), alt.strip(), width, keep)
