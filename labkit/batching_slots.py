@@ -44,7 +44,7 @@ def draw(runs, places):
         idle = sum(cell is None for row in grid for cell in row)
         ax.text(longest + 0.4, (places + 1) / 2, f"{len(seen)} steps\n{idle} idle cells", va="center")
         ax.set(xlim=(0, longest), ylim=(places + 0.5, 0.5), yticks=range(1, places + 1), ylabel="place")
-        ax.set_title(name, pad=14)
+        ax.set_title(name, pad=14, loc="left")
         ax.grid(False)
     axes[-1].set(xticks=[i + 0.5 for i in range(longest)], xticklabels=range(1, longest + 1), xlabel="step")
     return fig
