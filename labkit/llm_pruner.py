@@ -40,18 +40,27 @@ def loss_of(model, ids):
 
 
 def gradients(model, batches, squares):
-    """Of the loss over all batches: {weight: gradient}, and {weight: mean over sequences of its square} if squares."""
+    """Of the loss over all batches: {weight: gradient}, and {weight: mean over sequences of its square} if squares.
+
+    Summed in fp32 (fp64 for fp64 weights): in fp16 the squares would be 0, in bf16 few sums differ.
+    """
     tokens = sum(ids[:, 1:].numel() for ids in batches)
     sequences = sum(len(ids) for ids in batches)
     weights = [x for block in model.layers for x in block.parameters() if x.dim() == 2]
-    mean, mean_square = ([torch.zeros_like(x) for x in weights] for _ in range(2))
+    mean = [torch.zeros_like(x, dtype=wide(x)) for x in weights]
+    mean_square = [torch.zeros_like(x) for x in mean] if squares else []
     for ids in batches:
         for part in ids.split(1) if squares else [ids]:
-            found = torch.autograd.grad(loss_of(model, part), weights)
+            found = [g.to(wide(g)) for g in torch.autograd.grad(loss_of(model, part), weights)]
             torch._foreach_add_(mean, found, alpha=part[:, 1:].numel() / tokens)
             if squares:
                 torch._foreach_addcmul_(mean_square, found, found, value=1 / sequences)
     return dict(zip(weights, mean)), dict(zip(weights, mean_square))
+
+
+def wide(x):
+    """The dtype in which many numbers like those of x are added up."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def importance(members, order, gradient=None, square=None, generator=None):
@@ -59,14 +68,14 @@ def importance(members, order, gradient=None, square=None, generator=None):
 
     first: sum of |w g|. second: sum of |w g - w^2 h / 2|, h the mean squared gradient (the diagonal of the Fisher
     matrix). hessian: sum of w^2 h, the second-order term alone. vector: |sum of w g| of each row or column. l2: sum of
-    w^2. random: as it says.
+    w^2. random: as it says. In fp32 (fp64 for fp64 weights).
     """
     linear, dim, size = members[0]
     if order == "random":
         return torch.rand(linear.weight.shape[dim] // size, generator=generator)
     total = 0
     for linear, dim, size in members:
-        w = linear.weight.detach()
+        w = linear.weight.detach().to(wide(linear.weight))
         if order == "l2":
             salience = w**2
         elif order == "hessian":
@@ -112,8 +121,8 @@ def llm_pruner(model, batches, *, ratio, order="first", layers=None, seed=0):
     args.expect(order in ORDERS, "order", repr(order), " or ".join(map(repr, ORDERS)))
     count = len(model.layers)
     layers = range(1, count - 1) if layers is None else layers
-    ok = len(layers) > 0 and all(0 <= i < count for i in layers)
-    args.expect(ok, "layers", list(layers), f"some of the model's {count}; first and last are kept by default")
+    ok = len(set(layers)) == len(layers) > 0 and all(0 <= i < count for i in layers)
+    args.expect(ok, "layers", list(layers), f"some of the model's {count}, each once; default: all but first and last")
     batches = list(batches or [])
     if order not in ("l2", "random"):
         args.expect(len(batches) > 0, "batches", "none", "at least one, to differentiate the loss of")

@@ -5,7 +5,6 @@ block can make up for what was lost before it. In memory are the model and the a
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from labkit import args, corpus
+from labkit import args, corpus, train
 from labkit.masks import InputNorm, magnitude_mask, nm_mask, wanda_mask
 from labkit.model import causal, load
 from labkit.sparsegpt import Hessian, sparsegpt
@@ -113,6 +112,7 @@ def check_calibration(batches, method, widest, vocab_size):
     args.expect(len(batches) > 0, "batches", "none", f"calibration for {method}: ids [B, T]")
     for ids in batches:
         args.tensor("batches", ids, ("batch", "len"), dtypes=(torch.int64, torch.int32))
+        args.expect(ids.numel() > 0, "batches", tuple(ids.shape), "[>= 1, >= 1]")
         args.in_range("batches", ids, 0, vocab_size - 1)
     tokens = sum(ids.numel() for ids in batches)
     if method == "sparsegpt":
@@ -145,11 +145,9 @@ def watch(model, block, hidden, kind):
 
 
 def fingerprint(model, batches):
-    """sha256 of the calibration ids and of a row of every weight: another model or text is another run."""
-    digest = hashlib.sha256()
-    for x in [*batches, *(linear.weight[:1].float() for block in model.layers for linear in linears(block).values())]:
-        digest.update(str(tuple(x.shape)).encode() + x.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    """sha256 of the calibration ids, as they are batched, and of all weights: another model or text is another run."""
+    shapes = torch.tensor([ids.shape for ids in batches])
+    return train.fingerprint(shapes, *batches, *model.state_dict().values())
 
 
 class Finished:
@@ -184,20 +182,21 @@ class Finished:
 
 
 def calibration(encode=None, *, sequences=64, length=256):
-    """`sequences` chunks of the calibration text, [B, T] each 8 at a time, every one after BOS.
+    """`sequences` chunks of the calibration text, [B, T] each 8 at a time, every one after BOS if the model has one.
 
-    encode(text) -> ids that begin with the model's BOS, as `labkit.model.load` gives it; default: the lab's bytes.
+    encode(text) -> ids, as `labkit.model.load` gives it: after BOS or, with Qwen, nothing. Default: the lab's bytes.
     """
     if encode is None:
-        ids, first = corpus.read("calibration"), corpus.BOS
+        ids, first = corpus.read("calibration"), [corpus.BOS]
     else:
-        text = b"".join(corpus.texts_of("calibration").values()).decode(errors="replace")
-        first, *rest = encode(text)
-        ids = torch.tensor(rest)
-    have = len(ids) // (length - 1)
+        ids = encode(b"".join(corpus.texts_of("calibration").values()).decode(errors="replace"))
+        first = [a for a, b in zip(ids[:1], encode("")) if a == b]  # BOS is what begins a text of nothing, too
+        ids = torch.tensor(ids[len(first) :])
+    own = length - len(first)
+    have = len(ids) // own
     args.expect(sequences <= have, "sequences", sequences, f"at most {have} of length {length} in the calibration text")
-    rows = ids[: sequences * (length - 1)].view(sequences, length - 1)
-    return list(torch.cat((torch.full_like(rows[:, :1], first), rows), dim=1).split(8))
+    rows, first = ids[: sequences * own].view(sequences, own), torch.tensor(first, dtype=torch.long)
+    return list(torch.cat((first.expand(sequences, -1), rows), dim=1).split(8))
 
 
 def main(argv=None):

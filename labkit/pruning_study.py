@@ -17,7 +17,7 @@ from labkit.masks import InputNorm
 from labkit.model import TEACHER, Llama
 from labkit.prune import STATISTICS, calibration, linears, new_weight, prune, run, watch
 from labkit.record import Experiment
-from labkit.sparsegpt import Hessian
+from labkit.sparsegpt import Hessian, sparsegpt
 
 PATTERNS = {"50%": dict(sparsity=0.5), "4:8": dict(n=4, m=8), "2:4": dict(n=2, m=4), "80%": dict(sparsity=0.8)}
 METHODS = {
@@ -84,6 +84,23 @@ def planted_table(seed=0, patterns=tuple(PATTERNS), **sizes):
     return table
 
 
+CALIBRATION_TOKENS, DAMPS = (32, 64, 256, 2048), (0.01, 0.1, 1.0)
+
+
+def calibration_table(seed=0, columns=256):
+    """{tokens: {"Wanda" or SparseGPT's damp: lost}}: a layer with correlated inputs at 50 %, judged on fresh inputs."""
+    w, x = planted_layer("correlated", seed, rows=64, columns=columns, tokens=2 * max(CALIBRATION_TOKENS))
+    seen, fresh = x.chunk(2)
+    table = {}
+    for tokens in CALIBRATION_TOKENS:
+        new = {"Wanda": prune_layer(w, seen[:tokens], "50%", "Wanda")}
+        hessian = Hessian(columns)
+        hessian.add(seen[:tokens])
+        new |= {damp: sparsegpt(w, hessian.value, sparsity=0.5, damp=damp)[0] for damp in DAMPS}
+        table[tokens] = {way: lost(w, x, fresh) for way, x in new.items()}
+    return table
+
+
 # ---- the lab's model
 
 
@@ -133,7 +150,7 @@ def times(model, batches):
 
 
 class InputSpread:
-    """The standard deviation of every input feature: `InputNorm` without the feature's mean. Not Wanda's."""
+    """The standard deviation of every input feature: `InputNorm` without the feature's mean. Not Wanda's but FLAP's."""
 
     def __init__(self, columns, device="cpu"):
         self.total, self.squares = torch.zeros(2, columns, device=device)
@@ -146,8 +163,34 @@ class InputSpread:
         self.count += len(x)
 
     @property
+    def mean(self):
+        return self.total / self.count
+
+    @property
     def value(self):
-        return (self.squares / self.count - (self.total / self.count) ** 2).clamp(min=0).sqrt()
+        return (self.squares / self.count - self.mean**2).clamp(min=0).sqrt()
+
+
+class InputSize(InputSpread):
+    """Wanda's norm of every input feature, but for a factor that all share; its mean is known as well."""
+
+    @property
+    def value(self):
+        return (self.squares / self.count).sqrt()
+
+
+@torch.no_grad()
+def prune_with_bias(model, batches, kind):
+    """Wanda at 50 % with one of the two above. What a weight gave on average stays, as a bias. In place, as `prune`."""
+    hidden = [model.embed_tokens(ids) for ids in batches]
+    for block in model.layers:
+        statistics = watch(model, block, hidden, kind)
+        for name, linear in linears(block).items():
+            w, seen = linear.weight.clone(), statistics[name]
+            linear.weight.copy_(new_weight(w, seen, **(DEFAULTS | PATTERNS["50%"] | METHODS["Wanda"])))
+            linear.bias = torch.nn.Parameter((w - linear.weight) @ seen.mean)  # the lab's model has none
+        hidden = [run(model, block, x) for x in hidden]
+    return model
 
 
 def norm_or_spread():
@@ -161,6 +204,8 @@ def norm_or_spread():
     ):
         pruned = prune(copy.deepcopy(model), batches=batches, sparsity=0.5, progress=None, **options)
         found[name] = train.bits_per_byte(pruned, text)
+    for name, kind in (("Wanda, bias", InputSize), ("Wanda with the spread for the norm, bias", InputSpread)):
+        found[name] = train.bits_per_byte(prune_with_bias(copy.deepcopy(model), batches, kind), text)
     return found
 
 
@@ -208,26 +253,31 @@ PUBLISHED_STRUCTURAL = {
 
 RATIOS = (0.25, 0.5)
 ORDERS = ("l2", "random", "vector", "first", "second")
+DRAWS = 3  # seeds of random; sets of 16 calibration sequences for the orders that differentiate the loss
 RECOVERED_RATIO, RECOVERY_STEPS = 0.5, 40
 
 
 def structural_table(model, text, seed=0):
-    """[{order, ratio, seed, parameters, before, after}]: bits per byte; after recovery by LoRA where it was done."""
-    batches = calibration(sequences=16, length=128)
+    """[{order, ratio, draw, parameters, before, after}]: bits per byte; after recovery by LoRA where it was done.
+
+    draw: which seed of random, or which calibration sequences; l2 needs neither and is there once.
+    """
+    batches = calibration(sequences=16 * DRAWS, length=128)  # of 8 sequences each
     rows = torch.cat(calibration(sequences=192))
     table = []
     for ratio in RATIOS:
         for order in ORDERS:
-            for s in range(3 if order == "random" else 1):
-                pruned = llm_pruner(model, batches, ratio=ratio, order=order, seed=seed + s)
-                row = dict(order=order, ratio=ratio, seed=seed + s, after=None)
+            for draw in range(1 if order == "l2" else DRAWS):
+                drawn = batches[2 * draw : 2 * draw + 2]
+                pruned = llm_pruner(model, drawn, ratio=ratio, order=order, seed=seed + draw)
+                row = dict(order=order, ratio=ratio, draw=draw, after=None)
                 row |= dict(parameters=sum(p.numel() for p in pruned.parameters()))
                 row |= dict(before=train.bits_per_byte(pruned, text))
-                if ratio == RECOVERED_RATIO and s == 0:
+                if ratio == RECOVERED_RATIO and draw == 0:
                     recover(pruned, rows, steps=RECOVERY_STEPS, batch=8, seed=seed)
                     row["after"] = train.bits_per_byte(pruned, text)
                 table.append(row)
-                print(f"{order} {ratio}: {row['before']:.4f}, recovered {row['after']}", flush=True)
+                print(f"{order} {ratio} {draw}: {row['before']:.4f}, recovered {row['after']}", flush=True)
     return table
 
 

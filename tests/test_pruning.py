@@ -79,6 +79,16 @@ PLANTED_BUGS = [
     ("labkit/prune.py", "            block.load_state_dict(weights, strict=False)", "            pass"),
     ("labkit/prune.py", "os.replace(part, file)", "file.write_bytes(part.read_bytes()[:-1])"),
     ("labkit/args.py", "expect(columns % m == 0, \"columns\"", "expect(True, \"columns\""),
+    ("labkit/llm_pruner.py", "torch.zeros_like(x, dtype=wide(x)) for x in weights", "torch.zeros_like(x) for x in weights"),
+    ("labkit/llm_pruner.py", "linear.weight.detach().to(wide(linear.weight))", "linear.weight.detach()"),
+    ("labkit/llm_pruner.py", "len(set(layers)) == len(layers) > 0", "len(layers) > 0"),
+    ("labkit/prune.py", "zip(ids[:1], encode(\"\")) if a == b]", "zip(ids[:1], ids[:1])]"),
+    ("labkit/prune.py", "*model.state_dict().values())", "*(x[:1] for x in model.state_dict().values()))"),
+    ("labkit/prune.py", "train.fingerprint(shapes, *batches", "train.fingerprint(*batches"),
+    ("labkit/prune.py", "args.expect(ids.numel() > 0, \"batches\", tuple(ids.shape), \"[>= 1, >= 1]\")", "pass"),
+    ("labkit/pruning_study.py", "batches[2 * draw : 2 * draw + 2]", "batches[:2]"),
+    ("labkit/pruning_study.py", "lost(w, x, fresh) for way", "lost(w, x, seen[:tokens]) for way"),
+    ("labkit/pruning_study.py", "(w - linear.weight) @ seen.mean", "linear.weight @ seen.mean"),
 ]  # fmt: skip
 
 
@@ -534,7 +544,12 @@ def test_prune_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert steps == [(1, 3), (2, 3), (3, 3)]
     for (name, a), b in zip(got.state_dict().items(), want.state_dict().values()):
         torch.testing.assert_close(a, b, msg=name)
-    for other in (dict(method="wanda"), dict(batches=small_batches(seed=2)), dict(model=small_model(layers=3, seed=5)), dict(sparsity=0.6)):
+    changed = small_model(layers=3)
+    changed.layers[1].mlp.up_proj.weight.data[-1, -1] += 0.1  # one weight, and not of a first row
+    for other in (
+        dict(method="wanda"), dict(batches=small_batches(seed=2)), dict(batches=[torch.cat(small_batches())]), dict(model=changed),
+        dict(sparsity=0.6),
+    ):  # fmt: skip
         call = dict(model=small_model(layers=3), method="sparsegpt", batches=small_batches()) | options | other
         with pytest.raises(ValueError, match=r"^work .*got a run with .* expected .*delete the folder"):
             ref.prune(**call, **QUIET)
@@ -556,6 +571,8 @@ def test_prune_says_what_to_raise():
         (dict(method="obd"), "^method: got 'obd'"), (dict(per="column"), "^per: "), (dict(sparsity=None), "^sparsity, n, m: "),
         (dict(sparsity=None, n=3, m=5), "^columns: got 32, expected a multiple of m = 5"), (dict(batches=None), "^batches: got none"),
         (dict(batches=[torch.zeros(3)]), "^batches "), (dict(batches=[torch.full((1, 60), 40)]), "^batches: got values from 40"),
+        (dict(method="wanda", batches=[torch.zeros(0, 8).long()]), r"^batches: got \(0, 8\), expected "),
+        (dict(method="wanda", batches=[*small_batches(), torch.zeros(2, 0).long()]), r"^batches: got \(2, 0\), expected "),
         (dict(batches=small_batches(shape=(1, 1, 47))), r"^batches: got 47 tokens, expected at least 48, .* raise the number"),
         (dict(batches=[torch.zeros(1, 60).long()], damp=0.0), r"^layers.0.self_attn.\w+: hessian: .* damp above 0"),
     ):  # fmt: skip
@@ -576,6 +593,18 @@ def test_prune_a_checkpoint_by_command(tmp_path, capsys):
     weight = pruned.layers[1].mlp.down_proj.weight
     assert ((weight.view(-1, 4) == 0).sum(1) == 2).all()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "out"]
+
+
+@pytest.mark.parametrize("before, after", [([7], []), ([], []), ([7], [9]), ([], [9])])
+def test_calibration_begins_as_the_models_texts_do(before, after):
+    """BOS stands before every sequence if the tokenizer puts one before every text, and nothing if it does not."""
+    ids, text = [], lambda encoded: encoded[len(before) : len(encoded) - len(after)]
+    encode = lambda words: ids.append([*before, *words.encode(), *after]) or ids[-1]  # noqa: E731
+    batches = pr.calibration(encode, sequences=20, length=10)
+    assert [tuple(x.shape) for x in batches] == [(8, 10), (8, 10), (4, 10)]
+    rows = torch.cat(batches)
+    assert (rows[:, : len(before)] == 7).all()
+    assert rows[:, len(before) :].flatten().tolist() == text(max(ids, key=len))[: 20 * (10 - len(before))]
 
 
 # ---- LLM-Pruner
@@ -662,6 +691,30 @@ def test_llm_pruner_removes_the_least_important_groups(order, kv_heads):
     assert pruned(batches[0]).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_importance_is_summed_in_fp32(dtype):
+    """Of a model in 16 bits: its gradients, added up in fp64 here; squares of small ones would be 0 in fp16."""
+    model, batches = small_model(layers=3).to(dtype), small_batches()
+    weights = [x for block in model.layers for x in block.parameters() if x.dim() == 2]
+    found = [torch.autograd.grad(1e-3 * lp.loss_of(model, row[None]), weights) for ids in batches for row in ids]
+    with pytest.MonkeyPatch.context() as patch:
+        loss_of = lp.loss_of
+        patch.setattr(lp, "loss_of", lambda *given: 1e-3 * loss_of(*given))
+        gradient, square = lp.gradients(model, batches, squares=True)
+    for w, *grads in zip(weights, *found):
+        g = torch.stack(grads).double()
+        torch.testing.assert_close(square[w].double(), g.square().mean(0), rtol=1e-5, atol=1e-20)
+    for members in lp.groups(model.layers[1]).values():
+        score = lp.importance(members, "hessian", gradient, square)
+        assert score.dtype == F32
+        want = sum(
+            (w.double() ** 2 * square[w]).sum(1 - dim).view(-1, size).sum(1)
+            for w, dim, size in ((linear.weight, dim, size) for linear, dim, size in members)
+        )
+        torch.testing.assert_close(score.double(), want, rtol=1e-5, atol=0)
+        assert (score > 0).all()
+
+
 def test_llm_pruner_needs_no_gradients_switched_on():
     model, batches = small_model(layers=3), small_batches()
     want = ref.llm_pruner(model, batches, ratio=0.4)
@@ -687,6 +740,7 @@ def test_bad_llm_pruner_is_named():
         ("ratio", (model, batches), dict(ratio=1.0)), ("ratio", (model, batches), dict(ratio="1")), ("order", (model, batches), dict(order="third")),
         ("batches", (model, None), {}), ("batches", (model, [torch.zeros(3, 1).long()]), {}), ("batches", (model, [torch.zeros(3)]), {}),
         ("layers", (small_model(), batches), {}), ("layers", (model, batches), dict(layers=[3])),
+        ("layers", (model, batches), dict(layers=[1, 1])), ("layers", (model, None), dict(layers=[1, 1], order="l2")),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=rf"^{name}.*got .* expected "):
             ref.llm_pruner(*given, **({"ratio": 0.5} | options))
@@ -754,6 +808,50 @@ def test_spread_is_the_norm_without_the_mean():
     torch.testing.assert_close(spread.value, x.flatten(0, 1).std(0, correction=0))
     dense, pruned = small_model(), ref.prune(small_model(), "wanda", small_batches(), sparsity=0.5, statistic=study.InputSpread, **QUIET)
     assert not torch.equal(pruned.layers[1].mlp.up_proj.weight, ref.prune(dense, "wanda", small_batches(), sparsity=0.5, **QUIET).layers[1].mlp.up_proj.weight)
+
+
+def test_a_bias_keeps_what_weights_gave_on_average():
+    dense, model, batches = small_model(), small_model(), small_batches()
+    study.prune_with_bias(model, batches, study.InputSpread)
+    hidden = [model.embed_tokens(ids) for ids in batches]
+    with torch.no_grad():
+        for old, block in zip(dense.layers, model.layers):  # each sees what the blocks before it make of the text
+            x = torch.cat(hidden).flatten(0, 1)
+            x = block.input_layernorm(x)
+            before, after = (b.self_attn.q_proj(x) for b in (old, block))
+            assert (before - after).abs().max() > 0.1
+            torch.testing.assert_close(after.mean(0), before.mean(0), atol=1e-4, rtol=1e-4)
+            hidden = [pr.run(model, block, x) for x in hidden]
+    size, norm = study.InputSize(4), masks.InputNorm(4)
+    size.add(tensor(5, 30, 4)), norm.add(tensor(5, 30, 4))
+    torch.testing.assert_close(size.value * 30**0.5, norm.value)
+
+
+def test_little_calibration_is_no_matter_of_damping():
+    """Few tokens: SparseGPT loses more than Wanda on fresh inputs, ten times the damp helps, more text helps more."""
+    for seed in range(2):
+        table = study.calibration_table(seed)
+        for few in (32, 64):
+            assert table[few][0.01] > 1.1 * table[few]["Wanda"]
+            assert table[few][0.1] < 0.7 * table[few][0.01]
+            assert min(table[few][damp] for damp in study.DAMPS) > 1.5 * table[2048][0.01]
+        assert table[2048][1.0] > 1.2 * table[2048][0.01]
+
+
+def test_structural_table_draws_what_an_order_depends_on(monkeypatch):
+    calls = []
+    monkeypatch.setattr(study, "llm_pruner", lambda model, batches, **options: calls.append((batches, options)) or model)
+    monkeypatch.setattr(study, "recover", lambda *given, **options: None)
+    monkeypatch.setattr(study.train, "bits_per_byte", lambda *given: 1.0)
+    table = study.structural_table(small_model(), None)
+    assert [(r["ratio"], r["order"], r["draw"]) for r in table] == [
+        (ratio, order, draw) for ratio in study.RATIOS for order in study.ORDERS for draw in range(1 if order == "l2" else 3)
+    ]
+    assert [r["order"] for r in table if r["after"]] == list(study.ORDERS)
+    first = [torch.cat(batches) for batches, options in calls if (options["order"], options["ratio"]) == ("first", 0.5)]
+    assert [x.shape for x in first] == [(16, 128)] * 3
+    assert len({tuple(row.tolist()) for x in first for row in x}) == 48  # no sequence twice
+    assert [options["seed"] for _, options in calls if options["order"] == "random"] == [0, 1, 2] * 2
 
 
 def test_planted_scales_fool_l2_and_no_taylor_order():
