@@ -135,6 +135,7 @@ class Stream:
 
     stream(ids [B, n]) -> logits [B, n, vocab]. One token goes through `decode` on the ring. More than one, a prompt,
     are given room first and then attend to the cache and, causally, to each other: as many as fit beside the sinks.
+    A call with bad ids raises ValueError naming them, and changes nothing.
     """
 
     def __init__(self, model, num_sinks, window, *, decode=sink_decoding, prefill=attention):
@@ -154,8 +155,13 @@ class Stream:
 
     @torch.no_grad()
     def __call__(self, ids):
+        held, vocab = self.caches[0].k, self.model.embed_tokens.weight
+        batch = "batch" if held is None else len(held)
+        args.tensor("ids", ids, (batch, "n"), like=vocab, dtypes=(torch.int32, torch.int64))
+        args.expect(ids.shape[1] > 0, "ids (shape)", list(ids.shape), "a token or more")
+        args.in_range("ids", ids, 0, len(vocab) - 1)
         batch, n = ids.shape
-        if n > 1:
+        if n > 1:  # what comes now changes the caches
             for cache in self.caches:
                 cache.evict_for_space(n)
         positions = torch.zeros(n, dtype=torch.long, device=ids.device)  # an angle of 0: nothing is rotated

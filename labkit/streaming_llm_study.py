@@ -158,10 +158,12 @@ def ways(model):
 @torch.no_grad()
 def compare(model, tokens, *, every=40, curve=512):
     """All ways on one stream. {name: {"mean" beyond the first SIZE tokens, "sampled": the mean over every 40th of them,
-    "curve": means over 512 tokens each}}; the two that recompute for each token were done for the sampled ones only."""
-    at, result = torch.arange(SIZE, len(tokens) - 1, every), {}
+    "curve": means over 512 tokens each}}; the two that recompute for each token were done for the sampled ones only.
+    These have "less" than 4+252 there, and the standard error of that mean of differences."""
+    at, result, sampled = torch.arange(SIZE, len(tokens) - 1, every), {}, {}
 
     def note(name, bits):
+        sampled[name] = bits[at]
         result[name] = dict(mean=bits[SIZE:].mean().item(), sampled=bits[at].mean().item())
         result[name]["curve"] = [round(x, 4) for x in bits.view(-1, curve).mean(1).tolist()]
 
@@ -170,8 +172,15 @@ def compare(model, tokens, *, every=40, curve=512):
     newline = torch.cat((torch.tensor([10]), tokens[1:]))
     note(NEWLINE, cached(model, newline, 1, SIZE - 1))
     for name, bos in (("recomputed", True), ("recomputed, no BOS", False)):
-        result[name] = dict(sampled=recomputed(model, tokens, at, bos=bos).mean().item())
+        bits = recomputed(model, tokens, at, bos=bos)
+        result[name] = dict(sampled=bits.mean().item()) | difference(sampled["4+252"], bits)
     return result
+
+
+def difference(bits, fewer):
+    """{"less": how much less `fewer` needs on the mean, and the "standard error" of it}: both [n], token by token."""
+    less = (bits - fewer).double()
+    return {"less": less.mean().item(), "standard error": (less.std() / len(less) ** 0.5).item()}
 
 
 @torch.no_grad()
@@ -188,6 +197,19 @@ def two_by_two(model, tokens, size, num_sinks=4):
         "sinks, original positions": cached(model, tokens, num_sinks, window, original=True),
     }
     return {name: x[size:].mean().item() for name, x in bits.items()}
+
+
+@torch.no_grad()
+def within_trained(model, tokens, size=64, num_sinks=4):
+    """Streams no longer than the model was trained for: what original positions save there, against no sinks.
+
+    SIZE tokens each, `size` of them in the cache. A `difference` over the tokens beyond the first `size`.
+    """
+    rows = tokens[1:].view(-1, SIZE)
+    ids = after(tokens[0], rows)
+    plain = read(model, ids, 0, size)
+    original = read(model, ids, num_sinks, size - num_sinks, original=True)
+    return difference(*(token_bits(logits, rows)[:, size:].flatten() for logits in (plain, original)))
 
 
 # ---- where attention goes
@@ -418,6 +440,7 @@ def study(seed):
     return dict(
         bits=compare(model, tokens),
         slice=slice_bits(model),
+        within_trained=within_trained(model, tokens),
         sink_share=first.mean((1, 3)).tolist(),  # [layers][heads], of queries 64..255
         needle={d: needle(model, d, seed=seed) for d in DISTANCES},
         book=book(model, seed=seed),

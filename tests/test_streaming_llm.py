@@ -355,6 +355,27 @@ def test_a_prompt_is_given_room():
         stream(text[:, :11])
 
 
+def test_a_refused_call_leaves_the_stream_as_it_was():
+    """Also where room was to be made first: nothing is evicted for a prompt that does not come."""
+    model, text = small_model(), ids(40)
+    stream, other = Stream(model, 4, 20), Stream(model, 4, 20)
+    for x in (stream, other):
+        steps(x, text[:, :30])
+    for bad in (
+        text[:, :9].repeat(2, 1), text[:, :9] + 50, text[:, :9].float(), text[0, :9], text[:, :0], text[:, :1] - 51, text[:1, :1].repeat(2, 1),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"^ids\b.*got .* expected "):
+            stream(bad)
+    with pytest.raises(ValueError, match=r"^n: got 21, expected "):
+        stream(text[:, :21])
+    assert len(stream) == 24
+    for a, b in zip(stream.caches, other.caches):
+        assert a.seen == b.seen == 30
+        assert torch.equal(a.k, b.k)
+        assert torch.equal(a.v, b.v)
+    assert torch.equal(stream(text[:, 30:]), other(text[:, 30:]))
+
+
 def test_stream_on_the_kernels(device):
     """The same stream with both kernels in place of the references, a prompt in the middle."""
     model, text = small_model(dtype=F32).to(device), ids(12).to(device)
@@ -436,6 +457,21 @@ def test_ways_agree_where_they_have_to():
             torch.testing.assert_close(one, study.dense(model, window)[-1])
             window = torch.cat((tokens[:1], window[1:]))
             torch.testing.assert_close(two, study.dense(model, window)[-1])
+
+
+def test_differences_are_taken_token_by_token():
+    rng = np.random.default_rng(6)
+    noise, less = randn(rng, 400), 0.1 + 0.02 * randn(rng, 400)
+    found = study.difference(noise, noise - less)
+    assert found["less"] == pytest.approx(less.mean().item(), abs=1e-6)
+    assert found["standard error"] == pytest.approx(less.std().item() / 20, rel=1e-3)
+    model, tokens = small_model(), ids(2 * study.SIZE + 1)[0]
+    found, plain, original = study.within_trained(model, tokens), [], []
+    with torch.no_grad():
+        for text in (tokens[: study.SIZE + 1], torch.cat((tokens[:1], tokens[study.SIZE + 1 :]))):  # each after BOS
+            plain.append(study.cached(model, text, 0, 64)[64:])
+            original.append(study.cached(model, text, 4, 60, original=True)[64:])
+    assert found == pytest.approx(study.difference(torch.cat(plain), torch.cat(original)))
 
 
 def test_the_slice_on_record():
@@ -595,6 +631,11 @@ PLANTED_BUGS = [
     ("labkit/streaming_llm_study.py", "tokens[i + 1 - size : i + 1] for i in part", "tokens[i - size : i] for i in part"),
     ("labkit/streaming_llm_study.py", "start = len(row) - distance - FACT.index(\"{\")", "start = len(row) - distance"),
     ("labkit/streaming_llm_study.py", "k[:, 0] = 0.0\n", "\n"),
+    ("labkit/streaming_llm.py", "        args.in_range(\"ids\", ids, 0, len(vocab) - 1)\n", ""),
+    ("labkit/streaming_llm.py", "batch = \"batch\" if held is None else len(held)", "batch = \"batch\""),
+    ("labkit/streaming_llm.py", "        args.expect(ids.shape[1] > 0, \"ids (shape)\", list(ids.shape), \"a token or more\")\n", ""),
+    ("labkit/streaming_llm_study.py", "(less.std() / len(less) ** 0.5)", "less.std()"),
+    ("labkit/streaming_llm_study.py", "num_sinks, size - num_sinks, original=True)", "num_sinks, size - num_sinks)"),
     ("labkit/args.py", "expect(x.shape[0] >= size, f\"{name} (rows)\"", "expect(True, f\"{name} (rows)\""),
     ("labkit/args.py", "expect(dim % 2 == 0, \"q (head_dim)\", dim, \"an even number, to rotate pairs\")", "pass"),
 ]  # fmt: skip
