@@ -200,16 +200,20 @@ def two_by_two(model, tokens, size, num_sinks=4):
 
 
 @torch.no_grad()
-def within_trained(model, tokens, size=64, num_sinks=4):
-    """Streams no longer than the model was trained for: what original positions save there, against no sinks.
+def original_positions(model, tokens, size=64, num_sinks=4):
+    """What sinks at original positions save against no sinks, by the length of the streams: {length: `difference`}.
 
-    SIZE tokens each, `size` of them in the cache. A `difference` over the tokens beyond the first `size`.
+    Of streams no longer than the model was trained for, SIZE tokens each, and of all tokens as one stream; `size` of
+    them in the cache, and the tokens beyond the first `size` count.
     """
-    rows = tokens[1:].view(-1, SIZE)
-    ids = after(tokens[0], rows)
-    plain = read(model, ids, 0, size)
-    original = read(model, ids, num_sinks, size - num_sinks, original=True)
-    return difference(*(token_bits(logits, rows)[:, size:].flatten() for logits in (plain, original)))
+    found = {}
+    for length in (SIZE, len(tokens) - 1):
+        rows = tokens[1:].view(-1, length)
+        ids = after(tokens[0], rows)
+        plain = read(model, ids, 0, size)
+        original = read(model, ids, num_sinks, size - num_sinks, original=True)
+        found[length] = difference(*(token_bits(logits, rows)[:, size:].flatten() for logits in (plain, original)))
+    return found
 
 
 # ---- where attention goes
@@ -440,7 +444,7 @@ def study(seed):
     return dict(
         bits=compare(model, tokens),
         slice=slice_bits(model),
-        within_trained=within_trained(model, tokens),
+        original_positions=original_positions(model, tokens),
         sink_share=first.mean((1, 3)).tolist(),  # [layers][heads], of queries 64..255
         needle={d: needle(model, d, seed=seed) for d in DISTANCES},
         book=book(model, seed=seed),

@@ -466,12 +466,12 @@ def test_differences_are_taken_token_by_token():
     assert found["less"] == pytest.approx(less.mean().item(), abs=1e-6)
     assert found["standard error"] == pytest.approx(less.std().item() / 20, rel=1e-3)
     model, tokens = small_model(), ids(2 * study.SIZE + 1)[0]
-    found, plain, original = study.within_trained(model, tokens), [], []
-    with torch.no_grad():
-        for text in (tokens[: study.SIZE + 1], torch.cat((tokens[:1], tokens[study.SIZE + 1 :]))):  # each after BOS
-            plain.append(study.cached(model, text, 0, 64)[64:])
-            original.append(study.cached(model, text, 4, 60, original=True)[64:])
-    assert found == pytest.approx(study.difference(torch.cat(plain), torch.cat(original)))
+    short = [tokens[: study.SIZE + 1], torch.cat((tokens[:1], tokens[study.SIZE + 1 :]))]  # each after BOS
+    for length, streams in {study.SIZE: short, 2 * study.SIZE: [tokens]}.items():
+        with torch.no_grad():
+            plain = torch.cat([study.cached(model, text, 0, 64)[64:] for text in streams])
+            original = torch.cat([study.cached(model, text, 4, 60, original=True)[64:] for text in streams])
+        assert study.original_positions(model, tokens)[length] == pytest.approx(study.difference(plain, original))
 
 
 def test_the_slice_on_record():
