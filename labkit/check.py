@@ -1,7 +1,8 @@
 """The one rule of correctness, and the cases that every attention kernel is tried on.
 
 FlashAttention's rule: run the reference in fp64 (the truth) and in the tested dtype (the yardstick). A kernel is
-right if its largest error is at most twice the yardstick's, plus 1e-5. So no test has a tolerance of its own.
+right if its largest error is at most twice the yardstick's, plus 1e-5. So no test has a tolerance of its own. (Our
+references keep scores in fp32, where FlashAttention's rounds them: the limit is the tighter one.)
 """
 
 from dataclasses import dataclass

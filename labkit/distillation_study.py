@@ -32,24 +32,27 @@ STUDENTS = {  # what of the teacher's config a student changes
     "narrow": dict(hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=4),
     "shallow": dict(num_hidden_layers=2),
 }
-LOSSES = {  # None: cross-entropy with the text; on_policy: the share of batches whose second half the student writes
+LOSSES = {  # None: cross-entropy with the text; ending: what replaces the second half of the texts of a batch
     "hard labels": None,
     "KD, T=1": dict(temperature=1.0),
     "KD, T=2": dict(temperature=2.0),
     "KD, T=4": dict(temperature=4.0),
     "reverse KL": dict(kind="reverse_kl"),
     "JSD": dict(kind="jsd", beta=0.5),
-    "on-policy": dict(temperature=1.0, on_policy=0.5),
+    "on-policy": dict(temperature=1.0, ending="the student's"),
+    "other endings": dict(temperature=1.0, ending="another text's"),  # a control: nothing of it is the student's
 }
 RUNS = [  # (student, its first weights, loss, number of seeds)
-    *[("narrow", "fresh", name, 3) for name in ("hard labels", "KD, T=1", "KD, T=2")],
-    *[("narrow", "fresh", name, 2) for name in ("KD, T=4", "reverse KL", "JSD", "on-policy")],
+    *[("narrow", "fresh", name, 3) for name in LOSSES],
     *[("shallow", first, name, 2) for first in ("fresh", "alternate") for name in ("hard labels", "KD, T=1")],
+    *[("shallow", "alternate", name, 2) for name in ("JSD", "reverse KL")],
 ]
 # Chosen on calibration text: small batches and a higher rate for the embeddings get furthest in so few steps.
 RECIPE = train.Recipe(steps=200, batch=4, warmup=10, adam_lr=0.012)
 RECOVERY = train.Recipe(steps=40, batch=4, warmup=4, cooldown=1.0, muon_lr=0.004, adam_lr=0.0008)
+MIXED = 0.5  # the share of batches with other endings
 RECOVERED_BY, RECOVERY_SEEDS = ("hard labels", "KD, T=1"), 2
+TRAINED_LONG = ("2-bit", "KD, T=1")  # also with the students' recipe
 POINTS = 5  # of a curve
 CURVE_TEXT, EVAL_TEXT, GAP_ROWS = 16 * 256, 64 * 256, 16  # ids of a point, ids at the end, chunks of 256
 CONTEXT = 256  # tokens in the cache where decode bytes are counted
@@ -204,11 +207,17 @@ def continued(model, y, generator):
         at = at[-1:] + 1
 
 
+def exchanged(y):
+    """y [B, T] with the second half of every text taken from the next text."""
+    half = y.shape[1] // 2
+    return torch.cat((y[:, :half], y.roll(1, 0)[:, half:]), dim=1)
+
+
 def loss_of(logits, teacher_logits, y, options):
     """One of LOSSES for logits [B, T, V] and the text y [B, T]."""
     if options is None:
         return F.cross_entropy(logits.flatten(0, 1), y.flatten())
-    return kd_loss(logits, teacher_logits, **{k: v for k, v in options.items() if k != "on_policy"})
+    return kd_loss(logits, teacher_logits, **{k: v for k, v in options.items() if k != "ending"})
 
 
 def distil(model, lessons, r, options, text, *, every, until=None):
@@ -223,8 +232,8 @@ def distil(model, lessons, r, options, text, *, every, until=None):
         for opt, peak in zip(opts, (r.muon_lr, r.adam_lr)):
             opt.param_groups[0]["lr"] = peak * train.rate(step, r)
         y, teacher_logits = lessons(step)
-        if options and torch.rand((), generator=generator) < options.get("on_policy", 0.0):
-            y = continued(model, y, generator)
+        if options and "ending" in options and torch.rand((), generator=generator) < MIXED:
+            y = continued(model, y, generator) if options["ending"] == "the student's" else exchanged(y)
             teacher_logits = lessons.logits(y)
         loss_of(model(corpus.with_bos(y)), teacher_logits, y, options).backward()
         for opt in opts:
@@ -264,6 +273,12 @@ def recovery_run(teacher, lessons, text, r, how, loss):
     return dict(how=how, loss=loss, curve=curve) | measured(whole(model), form, teacher, text)
 
 
+def kd_cost(teacher, model):
+    """Operations of a step of KD over those of a step with hard labels: 2 a weight forward, 6 for training."""
+    big, small = (sum(p.numel() for p in m.parameters()) for m in (teacher, model))
+    return (2 * big + 6 * small) / (6 * small)
+
+
 def measured(model, form, teacher, text):
     """Quality and cost of a model as stored in `form`: bits per byte, KL to the teacher, bytes."""
     model = stored(model, form)
@@ -296,7 +311,11 @@ def slice_table():
 
 
 def study(seed) -> dict:
-    """All runs of a seed. students: `student_run` of RUNS; recovered: `recovery_run` of DAMAGES, trained and not."""
+    """All runs of a seed. students: `student_run` of RUNS; recovered: `recovery_run` of DAMAGES, trained and not.
+
+    equal_operations: the narrow student by KD in as few steps as cost what its steps with hard labels do.
+    trained_long: one damaged model with the students' recipe.
+    """
     r, recovery = replace(RECIPE, seed=seed), replace(RECOVERY, seed=seed)
     teacher, text = Llama.from_pretrained(TEACHER), corpus.read("held_out")[:EVAL_TEXT]
     lessons = Lessons(teacher, corpus.read("train"), r)
@@ -309,9 +328,16 @@ def study(seed) -> dict:
         for names in product(DAMAGES, losses)
         if seed < RECOVERY_SEEDS
     ]
+    fewer = replace(r, steps=max(1, round(r.steps / kd_cost(teacher, student(teacher, "narrow", "fresh", seed)))))
+    short = kept(work / "fewer", ("narrow", "fresh", "KD, T=1"), student_run, teacher, lessons, text, fewer)
+    long = None
+    if seed < RECOVERY_SEEDS:
+        long = kept(work / "long", TRAINED_LONG, recovery_run, teacher, lessons, text, r)
     result = dict(
         recipe=asdict(r),
         recovery=asdict(recovery),
+        equal_operations=short | dict(steps=fewer.steps),
+        trained_long=long,
         threads=torch.get_num_threads(),
         training_text_sha256=training_text_sha256(),
         left_out=corpus.left_out("held_out") | corpus.left_out("calibration"),
@@ -346,6 +372,8 @@ def points(samples):
             add("student, 4-bit", f"{name}, 4-bit", row["rounded"])
         for row in sample["recovered"]:
             add(row["how"], f"{row['how']}, {row['loss'] or 'not trained'}", row)
+        if row := sample["trained_long"]:
+            add(row["how"], f"{row['how']}, {row['loss']}, {sample['recipe']['steps']} steps", row)
     table = []
     for (group, name), rows in found.items():
         bits = [row["bits"] for row in rows]

@@ -29,14 +29,17 @@ def _heads_first(k, v, kv_lens):
 
 
 def naive(q, k, v, kv_lens):
-    """Two matmuls and a softmax; the cache is laid out as [B, Hkv, L, D], which suits them best."""
-    k, v = (x.contiguous() for x in _heads_first(k, v, kv_lens))
-    q = q.unflatten(1, (k.shape[1], -1))  # [B, Hkv, group, D]
-    scale = q.shape[-1] ** -0.5
+    """Two matmuls and a softmax of fp32 scores; the cache is laid out as [B, Hkv, L, D], which suits them best."""
+    shape, num_kv_heads, scale = q.shape, k.shape[2], q.shape[-1] ** -0.5
+    k, v = (x.contiguous().flatten(0, 1) for x in _heads_first(k, v, kv_lens))  # [B * Hkv, L, D]
+    q, k = q.unflatten(1, (num_kv_heads, -1)).flatten(0, 1), k.transpose(1, 2)  # [B * Hkv, group, D]
 
     def call():
-        scores = q @ k.transpose(2, 3)
-        return (torch.softmax(scores * scale, -1) @ v).flatten(1, 2)
+        if q.is_cuda and q.dtype != torch.float32:  # factors of 16 bits, a product of 32: only CUDA has it
+            scores = torch.bmm(q, k, out_dtype=torch.float32)
+        else:
+            scores = q.float() @ k.float()
+        return (torch.softmax(scores * scale, -1).to(v.dtype) @ v).view(shape)
 
     return call
 

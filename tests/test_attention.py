@@ -171,6 +171,8 @@ def test_a_scale_that_is_not_positive(sm_scale, device):
 
 PLANTED_BUGS = [
     ("kernels/_tile.py", "m_safe = tl.where(m_new == float(\"-inf\"), 0.0, m_new)", "m_safe = m_new"),
+    ("labkit/attention.py", "_group_heads(q, num_kv_heads).to(wide), k.to(wide))\n", "_group_heads(q, num_kv_heads), k).to(wide)\n"),
+    ("labkit/args.py", "_is_number(sm_scale) and math.isfinite(sm_scale)", "_is_number(sm_scale)"),
     ("kernels/attention.py", "key <= position[:, None])", "key < position[:, None])"),
     ("kernels/attention.py", "key > position[:, None] - window)", "key >= position[:, None] - window)"),
     ("kernels/attention.py", "offset = kv_len - q_len", "offset = 0"),

@@ -205,7 +205,7 @@ def test_loss_of():
     torch.testing.assert_close(study.loss_of(z, t, y, None), F.nll_loss(z.log_softmax(-1).view(6, 10), y.view(-1)))
     for options in study.LOSSES.values():
         if options:
-            want = {k: v for k, v in options.items() if k != "on_policy"}
+            want = {k: v for k, v in options.items() if k != "ending"}
             torch.testing.assert_close(study.loss_of(z, t, y, options), kd_loss(z, t, **want))
             # the fused kernel would give the same training
             torch.testing.assert_close(kd.kd_loss(z, t, **want), kd_loss(z, t, **want))
@@ -237,7 +237,8 @@ def test_a_student_of_its_own_teacher_learns_nothing(teacher, lessons):
         assert (size > 1e-3) if options is None else (size < 1e-5), name
 
 
-def test_on_policy(teacher, lessons, monkeypatch):
+@pytest.mark.parametrize("ending, maker", [("the student's", "continued"), ("another text's", "exchanged")])
+def test_other_endings(ending, maker, teacher, lessons, monkeypatch):
     """Share 0 is plain KD; share 1 never learns from the second half of the text, and asks the teacher anew."""
 
     def trained(options):
@@ -246,15 +247,27 @@ def test_on_policy(teacher, lessons, monkeypatch):
         return model.embed_tokens.weight
 
     plain = trained(dict(temperature=1.0))
-    assert torch.equal(trained(dict(temperature=1.0, on_policy=0.0)), plain)
+    monkeypatch.setattr(study, "MIXED", 0.0)
+    assert torch.equal(trained(dict(temperature=1.0, ending=ending)), plain)
+    monkeypatch.setattr(study, "MIXED", 1.0)
     written = []
-    original = study.continued
-    monkeypatch.setattr(study, "continued", lambda *a: written.append(original(*a)) or written[-1])
+    original = getattr(study, maker)
+    monkeypatch.setattr(study, maker, lambda *a: written.append(original(*a)) or written[-1])
     asked = []
     monkeypatch.setattr(lessons, "logits", lambda y: asked.append(y) or study.Lessons.logits(lessons, y))
-    assert not torch.equal(trained(dict(temperature=1.0, on_policy=1.0)), plain)
+    assert not torch.equal(trained(dict(temperature=1.0, ending=ending)), plain)
     assert len(written) == len(asked) == 2
     assert all(torch.equal(a, b) for a, b in zip(written, asked))
+
+
+def test_exchanged():
+    y = torch.arange(15).view(3, 5)
+    assert study.exchanged(y).tolist() == [[0, 1, 12, 13, 14], [5, 6, 2, 3, 4], [10, 11, 7, 8, 9]]
+
+
+def test_kd_cost(teacher):
+    """The teacher's forward pass, 2 of the 6 operations a weight that training takes."""
+    assert study.kd_cost(teacher, teacher) == pytest.approx(4 / 3)
 
 
 def test_gaps(teacher):
@@ -299,6 +312,11 @@ def test_study(small_study, tmp_path):
     recovered = {(row["how"], row["loss"]): row for row in samples[0]["recovered"]}
     assert list(recovered) == [(how, loss) for how in study.DAMAGES for loss in (None, "hard labels", "KD, T=1")]
     assert samples[2]["recovered"] == []
+    assert samples[2]["trained_long"] is None
+    assert (samples[0]["trained_long"]["how"], samples[0]["trained_long"]["loss"]) == study.TRAINED_LONG
+    for sample in samples.values():  # a step instead of two, and the model of no other run
+        assert [step for step, _ in sample["equal_operations"]["curve"]] == [0, sample["equal_operations"]["steps"]] == [0, 1]
+        assert sample["equal_operations"]["bits"] not in {row["bits"] for row in sample["students"]}
     assert samples[2]["slice"] is None
     narrow = {row["loss"]: row for row in samples[0]["students"] if row["student"] == "narrow"}
     for loss in ("hard labels", "KD, T=2"):
@@ -327,7 +345,7 @@ def test_an_interrupted_study_goes_on(small_study, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         small_study(1)
     assert small_study(1) == whole
-    assert started == ["hard labels", "KD, T=1", "KD, T=1"]
+    assert started == ["hard labels", "KD, T=1", "KD, T=1", "KD, T=1"]  # the last with fewer steps
 
 
 def test_the_record_is_of_this_study():
@@ -341,6 +359,8 @@ def test_the_record_is_of_this_study():
         rows = [(row["student"], row["first"], row["loss"]) for row in sample["students"]]
         assert rows == [tuple(names) for *names, seeds in study.RUNS if seed < seeds]
         assert len(sample["recovered"]) == {0: 15, 1: 10, 2: 0}[seed]
+        assert sample["equal_operations"]["steps"] < sample["recipe"]["steps"] / 2
+        assert bool(sample["trained_long"]) == (seed < study.RECOVERY_SEEDS)
         for row in sample["students"]:
             assert [step for step, _ in row["curve"]] == [0, 40, 80, 120, 160, 200]
             assert row["curve"][0][1] > row["curve"][-1][1]

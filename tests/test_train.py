@@ -18,7 +18,7 @@ RECIPE = train.Recipe(steps=12, batch=2, length=16, warmup=3, cooldown=0.5)
 PLANTED_BUGS = [
     ("labkit/train.py", "zip(opts, state[\"opts\"])", "zip(opts[:1], state[\"opts\"])"),  # AdamW's moments lost
     ("labkit/train.py", "start, curve = state[\"step\"], state[\"curve\"]", "start, curve = state[\"step\"] + 1, state[\"curve\"]"),
-    ("labkit/train.py", "if state[\"recipe\"] != asdict(r):", "if False:"),
+    ("labkit/train.py", "if state[\"run\"] != run:", "if False:"),
     ("labkit/train.py", "            opt.zero_grad()\n", ""),
     ("labkit/train.py", "opt.param_groups[0][\"lr\"] = peak * rate(step, r)", "pass"),
     ("labkit/train.py", "(r.steps - step) / (r.cooldown * r.steps)", "1.0"),
