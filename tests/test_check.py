@@ -31,6 +31,19 @@ def test_the_limit_is_twice_the_yardstick_and_a_little():
         assert verdict(X + error, off).ok == right
 
 
+@pytest.mark.parametrize("number, step", [(150.0, 2.0**-16), (-150.0, 2.0**-16), (63.0, 2.0**-18), (1.0, 4.8e-6)])
+def test_beyond_64_two_digits_of_fp32_count(number, step):
+    """step: of 150 fp32's last digit, and so of 63; two steps of the last pair are nearly 1e-5."""
+
+    def constant(x):
+        return torch.stack((torch.full_like(x, number), torch.full_like(x, -math.inf)))
+
+    for steps in (1, 2, 3):
+        got = constant(X)
+        got[0] += steps * step
+        assert verdict(got, constant).ok == (steps <= 2)
+
+
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_no_number_is_wrong(wrong):
     got = third(X)
@@ -104,8 +117,11 @@ def test_nothing_is_right_about_nothing():
 
 
 PLANTED_BUGS = [
-    ("labkit/check.py", "2 * self.yardstick + 1e-5", "3 * self.yardstick + 1e-5"),
-    ("labkit/check.py", "2 * self.yardstick + 1e-5", "1.5 * self.yardstick + 1e-5"),
+    ("labkit/check.py", "2 * self.yardstick + max", "3 * self.yardstick + max"),
+    ("labkit/check.py", "2 * self.yardstick + max", "1.5 * self.yardstick + max"),
+    ("labkit/check.py", "max(1e-5, 2 * float", "max(1e-5, 3 * float"),
+    ("labkit/check.py", "max(1e-5, 2 * float(np.spacing(np.float32(self.size))))", "1e-5"),
+    ("labkit/check.py", "truth[truth.isfinite()].abs()", "truth.abs()"),
     ("labkit/check.py", 'nan_to_num(nan=float("inf")', "nan_to_num(nan=0.0"),
     ("labkit/check.py", ', posinf=float("inf")', ""),
     ("labkit/check.py", "if yardstick == inf:", "if False:"),
