@@ -279,8 +279,6 @@ PLANTED_BUGS = [
     ("kernels/flash_decoding.py", "l = l * alpha + tl.sum(weight, 0)\n        acc", "l = l + tl.sum(weight, 0)\n        acc"),
     ("kernels/flash_decoding.py", "acc = acc * alpha[:, None] + tl.sum(weight[:, :, None] * part, 0)", "acc += tl.sum(weight[:, :, None] * part, 0)"),
     ("kernels/flash_decoding.py", "mask = (s + offs_s < num_splits)[:, None] & mask_h[None, :]", "mask = (s + offs_s < BLOCK_S)[:, None] & mask_h[None, :]"),
-    ("kernels/flash_decoding.py", "mask=mask_h[:, None] & mask_d[None, :])", "mask=mask_d[None, :])"),
-    ("kernels/flash_decoding.py", "m + tl.log2(l) * LN2, mask=mask_h)", "m + tl.log2(l) * LN2)"),
     ("kernels/flash_decoding.py", "tl.store(arrived, 0)", "tl.store(arrived, 1)"),
     ("kernels/flash_decoding.py", "for first in range(0, group, HEADS):", "for first in range(0, HEADS, HEADS):"),
     ("kernels/flash_decoding.py", "kv_head = pid_h // TILES", "kv_head = pid_h"),
