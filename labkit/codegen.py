@@ -502,7 +502,8 @@ class Report:
             return [f"{row['case']}, {row['target']}, {row['kernel']}: {'; '.join(row['problems'])}" for row in failed]
         narrow = sorted({row["kernel"].strip("_") for row in self.rows if row["wide_share"] < WIDE_SHARE})
         allowed = f" (but in {', '.join(narrow)}, where a case allows it)" if narrow else ""
-        counts = {"case": len(self._groups()), "target": len({row["target"] for row in self.rows})}
+        groups = {(row["function"], row["case"]) for row in self.rows}
+        counts = {"case": len(groups), "target": len({row["target"] for row in self.rows})}
         passed = " x ".join(f"{count} {name}{'s' * (count > 1)}" for name, count in counts.items()) + " pass"
         also = f"shared memory fits, 128-bit loads{allowed}, matrix instructions as expected"
         return [f"{passed}: no spills, no stack,\n{also}"]

@@ -8,7 +8,7 @@ from html import escape
 
 from labkit import player, step_model
 from labkit.provenance import ROOT
-from labkit.step_map import CHAPTERS
+from labkit.step_map import chapter_link
 
 FILE = ROOT / "chapters" / "_static" / "step_bill.html"
 MODEL, GPU, CONTEXT, USERS = "Llama-3-8B", "H200", 8192, (64, 1)
@@ -89,18 +89,8 @@ def _text(x, y, words, kind="", anchor="start"):
 
 
 def _links(x, y, links, columns=4, width=91):
-    parts = []
-    for i, (chapter, words, does) in enumerate(links):
-        left, top = x + (width + 4) * (i % columns), y + 28 * (i // columns)
-        file, title = CHAPTERS[chapter]
-        what = escape(f"Chapter {chapter}, {title}: {does}")
-        parts.append(
-            f'<a href="{file}.html" aria-label="{what}"><title>{what}</title>'
-            f'<rect x="{left}" y="{top}" width="{width}" height="24" rx="12"/>'
-            f'<text x="{left + width / 2}" y="{top + 16}" text-anchor="middle"><tspan font-weight="700">{chapter}'
-            f"</tspan> {escape(words)}</text></a>"
-        )
-    return "".join(parts)
+    places = ((x + (width + 4) * (i % columns), y + 28 * (i // columns)) for i in range(len(links)))
+    return "".join(chapter_link(*link, *place, width, 24) for link, place in zip(links, places))
 
 
 def _axes(most, bandwidth, y):

@@ -83,12 +83,17 @@ def _box(name, links, y, height):
     ]
     for i, (chapter, words, does) in enumerate(links):
         x, top = 156 + 110 * (i % 2), y + _ROW * (i // 2)
-        file, title = CHAPTERS[chapter]
-        what = escape(f"Chapter {chapter}, {title}: {does}")
-        parts.append(
-            f'<a href="{file}.html" aria-label="{what}"><title>{what}</title>'
-            f'<rect x="{x}" y="{top}" width="104" height="{_ROW - 8}" rx="13"/>'
-            f'<text x="{x + 52}" y="{top + 17}" text-anchor="middle"><tspan font-weight="700">{chapter}</tspan> '
-            f"{escape(words)}</text></a>"
-        )
+        parts.append(chapter_link(chapter, words, does, x, top, 104, _ROW - 8))
     return "".join(parts)
+
+
+def chapter_link(chapter, words, does, x, y, width, height):
+    """A round box that links to a chapter's page beside this one. does: what it does here, said on hovering."""
+    file, title = CHAPTERS[chapter]
+    what = escape(f"Chapter {chapter}, {title}: {does}")
+    return (
+        f'<a href="{file}.html" aria-label="{what}"><title>{what}</title>'
+        f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="{height // 2}"/>'
+        f'<text x="{x + width / 2:g}" y="{y + height // 2 + 4}" text-anchor="middle"><tspan font-weight="700">{chapter}'
+        f"</tspan> {escape(words)}</text></a>"
+    )
