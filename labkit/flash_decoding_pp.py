@@ -319,6 +319,50 @@ def lab_model_scores(rows=4, length=256):
 
 # ---- players
 
+FIGURE_6 = {"x": (4.0, 5.0, 6.0, 7.0), "y": (3.0, 6.0, 9.0, 6.0)}  # the paper's two rows: two parts of two keys each
+
+
+def phi_player(bounds=(-3.0, 3.0)):
+    """Turn phi on the rows of the paper's Figure 6: what each part adds up, and which keys meet a bound.
+
+    All of it comes from the reference. The values are unit vectors, so the output is the softmax.
+    """
+    q, v = torch.zeros(1, 1, 16), torch.eye(4, 16).view(1, 4, 1, 16)
+    q[..., 0] = 1.0
+
+    def frame(row, phi):
+        k = torch.zeros(1, 4, 1, 16)
+        k[0, :, 0, 0] = torch.tensor(FIGURE_6[row])
+        one, two, four = (torch.tensor([n], dtype=torch.int32) for n in (1, 2, 4))
+        options = dict(phi=float(phi), sm_scale=1.0)
+        met = [out_of_bounds(q, k[:, i : i + 1], one, bounds=bounds, **options).item() for i in range(4)]
+        o, recomputed = unified_decoding(q, k, v, four, bounds=bounds, num_splits=1, **options)
+        panels, dens = {}, []
+        for part, at in {"part 0": slice(0, 2), "part 1": slice(2, 4)}.items():
+            num, den = unified_parts(q, k[:, at], v[:, at], two, num_splits=1, **options)
+            dens.append(den.item())
+            scores, colors = FIGURE_6[row][at], ["orange" if m else "blue" for m in met[at]]
+            lines = [scores, [x - phi for x in scores], num.flatten()[at].tolist()]
+            panels[part] = [[(color, f"{x:.4g}") for color, x in zip(colors, line)] for line in lines]
+        total = f"{dens[0]:.4g} + {dens[1]:.4g} = {sum(dens):.4g}"
+        text = f"phi = {phi}: the parts' denominators add, {total}, and neither part waits for the other."
+        if recomputed:
+            keys = ", ".join(f"key {i}" for i in range(4) if met[i])
+            text = f"phi = {phi}: a bound is met by {keys}. The row is computed again, with its maximum."
+        return {"text": text, "o": [[("", f"{p:.4f}") for p in o[0, 0, :4].tolist()]]} | panels
+
+    lines, keys = ["score", "score - phi", "exp of it"], [f"key {i}" for i in range(4)]
+    panels = {
+        "part 0": player.Grid(3, 2, row_labels=lines, col_labels=keys[:2], name="part 0"),
+        "part 1": player.Grid(3, 2, row_labels=lines, col_labels=keys[2:], name="part 1"),
+        "o": player.Grid(1, 4, row_labels=["softmax"], col_labels=keys, name="the result"),
+    }
+    controls = {"row": list(FIGURE_6), "phi": list(range(11))}
+    legend = {"blue": "between the bounds", "orange": "meets a bound"}
+    caption = f"The rows of the paper's Figure 6, bounds {bounds[0]:g} and {bounds[1]:g}. Computed by the reference."
+    options = dict(legend=legend, caption=caption, start=("x", 6))
+    return player.Explorer("One phi for two parts", controls, panels, frame, **options)
+
 
 def dataflow_player(flow, where):
     """Walk M: how long each implementation took, which one the table picks, and why. where: what the times are."""

@@ -373,6 +373,22 @@ def test_calibration():
     assert ref.flagged_rows(0.5, 3) == pytest.approx(0.875)
 
 
+def test_phi_player_shows_the_reference():
+    """Whatever phi is, the softmax stays. Row x is within its bounds for two of them, row y, 6 wide, for none."""
+    html = ref.phi_player().html
+    data = json.loads(html.split('<script type="application/json">')[1].split("</script>")[0])
+    softmax = {row: [f"{p:.4f}" for p in torch.tensor(x).softmax(0).tolist()] for row, x in ref.FIGURE_6.items()}
+    stays = {}
+    for i, (frame, text) in enumerate(zip(data["frames"], data["texts"])):
+        row, phi = "xy"[i // 11], i % 11
+        assert text.startswith(f"phi = {phi}: ")
+        assert [data["states"][state][1] for state in frame[-4:]] == softmax[row]
+        if "again" not in text:
+            stays.setdefault(row, []).append(phi)
+    assert stays == {"x": [5, 6]}
+    assert "phi = 6: a bound is met by key 0, key 2." in html
+
+
 def test_player_shows_what_the_table_picks():
     flow = profiled()
     html = ref.dataflow_player(flow, "made up")
