@@ -382,7 +382,11 @@ def test_phi_player_shows_the_reference():
     for i, (frame, text) in enumerate(zip(data["frames"], data["texts"])):
         row, phi = "xy"[i // 11], i % 11
         assert text.startswith(f"phi = {phi}: ")
-        assert [data["states"][state][1] for state in frame[-4:]] == softmax[row]
+        shown = [data["states"][state][1] for state in frame]  # three lines of a part, then of the other, then softmax
+        e = [x - phi for x in ref.FIGURE_6[row]]
+        assert shown[2:4] + shown[8:10] == [f"{x:.4g}" for x in e]
+        assert [float(x) for x in shown[4:6] + shown[10:12]] == pytest.approx(np.exp(e).tolist(), rel=1e-3)
+        assert shown[12:] == softmax[row]
         if "again" not in text:
             stays.setdefault(row, []).append(phi)
     assert stays == {"x": [5, 6]}
