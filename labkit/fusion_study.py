@@ -151,6 +151,36 @@ def draw(report, *, name, caption, alt):
     return plot.show(fig, name=name, caption=caption, alt=alt)
 
 
+def draw_traffic(plans, few, *, name, caption, alt):
+    """Who reads and writes what: a row for each tensor, a column for each kernel, a grey bar while a tensor is in use.
+
+    plans: one or more lists of (kernel, inputs, outputs), tensors by name with spaces between. few: those drawn small.
+    """
+    tensors = list(dict.fromkeys(t for plan in plans for _, *sides in plan for t in " ".join(sides).split()))
+    count = sum(map(len, plans)) + len(plans) - 1
+    fig, ax = plot.figure(width=4.6, height=0.27 * len(tensors) + 1.3)
+    looks, column, ticks = (("read", "o", plot.COLORS["blue"]), ("written", "s", plot.COLORS["orange"])), 0, {}
+    for plan in plans:
+        seen = {}
+        for kernel, *sides in plan:
+            ticks[column] = kernel
+            for (_, mark, color), side in zip(looks, sides, strict=True):
+                for t in side.split():
+                    seen.setdefault(t, []).append(column)
+                    ax.plot(column, tensors.index(t), mark, color=color, ms=5 if t in few else 10, zorder=3)
+            column += 1
+        for t, at in seen.items():
+            ax.plot([at[0], at[-1]], [tensors.index(t)] * 2, color="#dddddd", lw=6, ls="-", marker="", zorder=1)
+        column += 1
+    for word, mark, color in looks:
+        ax.plot([], [], mark, color=color, ms=10, ls="", label=word)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, frameon=False, borderpad=0)
+    ax.set(xlim=(-0.6, count - 0.4), ylim=(len(tensors) - 0.4, -0.6), yticks=range(len(tensors)), yticklabels=tensors)
+    ax.set_xticks(list(ticks), list(ticks.values()), rotation=45, ha="right", rotation_mode="anchor")
+    plot.bare(ax)
+    return plot.show(fig, name=name, caption=caption, alt=alt)
+
+
 def folding_player(report, title, columns=8, caption="From the pass itself."):
     """The graph folding, one replacement a step: each cell is a kernel, in the order of execution."""
     states = report.states()
