@@ -52,7 +52,7 @@ def temperature_player(model):
 
     ranks = [f"{i + 1}." for i in range(SHOWN)]
     panels = {
-        "p": player.Bars(ranks, unit="% of the largest p after this text", span=100, long_labels=True),
+        "p": player.Bars(ranks, span=100, long_labels=True, name="% of the largest p after this text"),
         "numbers": player.Values(["entropy, bits", "not on the likeliest"]),
     }
     start = (list(found)[2], 2)
