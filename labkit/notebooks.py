@@ -20,7 +20,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from labkit.provenance import ROOT
+from labkit.provenance import ROOT, with_root
 
 CHAPTERS, REQUIREMENTS = ROOT / "chapters", ROOT / "requirements.txt"
 PYTHON = (3, 11)  # of the stored outputs
@@ -189,7 +189,7 @@ def run(path, *, timeout=300):
         skip_cells_with_tag="skip-execution",
     )
     start = time.perf_counter()
-    client.execute(env={**os.environ, **ENV})
+    client.execute(env={**os.environ, **ENV, "PYTHONPATH": with_root()})
     seconds = time.perf_counter() - start
     write(tidy(notebook), path)
     return seconds
@@ -310,7 +310,6 @@ def without_pinned_text(path, folder):
 def nbval(paths, pytest_args):
     """Run nbval on the notebooks: strict where the outputs were stored, elsewhere lax. Returns pytest's exit code."""
     from labkit import corpus
-    from labkit.provenance import with_root
 
     reason, other_text = setup_differs(), corpus.differs()
     mode = "--nbval-lax" if reason else "--nbval"
