@@ -1,6 +1,8 @@
 import copy
 import functools
 import random
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 import kernels.engine as ops
-from labkit import batching, corpus, engine_study, fusion, paged_attention, torch_ops
+from labkit import batching, corpus, engine_ring, engine_study, fusion, paged_attention, torch_ops
 from labkit import model as models
 from labkit.attention import attention
 from labkit.batching import POLICIES
@@ -16,6 +18,7 @@ from labkit.check import assert_matches
 from labkit.decode_graphs import DecodeGraphs
 from labkit.engine import Engine, fused_hidden, sample, uniform
 from labkit.model import Config, Llama
+from labkit.notebooks import CHAPTERS
 
 VOCAB = 29
 
@@ -719,6 +722,50 @@ def test_player_and_demo_show_a_real_run():
     assert "got 1805 tokens, expected at most 256" in view.value
 
 
+def test_the_ring_is_a_step():
+    """The picture's order, callers and chapters, held against two steps: a prompt that ends at once, then a decode."""
+    rows = [(calls[0][0], names, chapter) for calls in engine_ring.STEP.values() for names, chapter in calls]
+    drawn = {}  # function: (the first of its part, its chapter)
+    for first, names, chapter in rows:
+        owner, dot, _ = names.partition(".")  # "BlockPool.allocate, append" are two methods
+        for name in names.split(", "):
+            drawn[name if "." in name else f"{owner}{dot}{name}" if dot else name] = first, chapter
+    callers, files = {}, {}
+
+    def note(frame, event, _):
+        name = frame.f_code.co_qualname
+        if event == "call" and name in drawn:
+            files.setdefault(name, Path(frame.f_code.co_filename).stem)
+            chain = callers.setdefault(name, [])
+            while frame := frame.f_back:
+                chain.append(frame.f_code.co_qualname)
+
+    given = SimpleNamespace(ragged_attention=batching.ragged_attention, rope=fusion.rope, swiglu=fusion.swiglu)
+    given.add_rmsnorm, given.write_kv = fusion.add_rmsnorm, paged_attention.write_kv
+    given.paged_decoding = paged_attention.paged_decoding
+    engine = Engine(tiny(), num_pages=16, page_size=4, ops=given)
+    engine.add((1, 2, 3), 5, stop=range(VOCAB), temperature=1.0)
+    engine.add((4, 5, 6, 7), 5, stop=())
+    sys.setprofile(note)
+    try:
+        engine.step()
+        order = list(callers)
+        engine.step()
+    finally:
+        sys.setprofile(None)
+    firsts = list(dict.fromkeys(first for first, _ in drawn.values()))
+    assert set(callers) == set(drawn)
+    assert [name for name in order if name in firsts] == firsts
+    assert {name: callers[name][0] for name in firsts} == dict.fromkeys(firsts, "Engine.step") | {"Engine._hidden": "Engine._forward"}
+    for name, (first, chapter) in drawn.items():
+        assert name == first or first in callers[name], name
+        shown = f"show({name.split('.')[0]}."  # a page that shows the class, or has the name of the file
+        made = [page.stem for page in CHAPTERS.glob("[0-9]*.ipynb") if page.stem[3:] == files[name] or shown in page.read_text(encoding="utf-8")]
+        assert [int(stem[:2]) for stem in made] == [chapter], name
+    words = [text.get_text() for text in engine_ring.draw().axes[0].texts]
+    assert all(names in words and f"ch. {chapter}" in words for _, names, chapter in rows)
+
+
 PLANTED_BUGS = [
     ("labkit/engine.py", "p.cumsum(-1) - p < top_p", "p.cumsum(-1) < top_p"),
     ("labkit/engine.py", "p = p / p.sum(-1, keepdim=True)", "p = p / 1"),
@@ -759,5 +806,7 @@ PLANTED_BUGS = [
     ("labkit/scheduler.py", "        self._last = Batch()\n        self.pool.forget_prefixes()", "        self._last = Batch()"),
     ("labkit/scheduler.py", "next(self._numbers))", "len(self._runs))"),
     ("labkit/scheduler.py", "            self.finished.remove(id)\n        del self._runs[id]", "            pass\n        del self._runs[id]"),
+    ("labkit/engine_ring.py", '("BlockPool.table", 8)', '("BlockPool.table", 9)'),
+    ("labkit/engine_ring.py", '("Engine._draw", 10), ("sample", 10)', '("sample", 10), ("Engine._draw", 10)'),
     ("labkit/engine_study.py", "((keys[:end] >= pads)[:, None] & (keys[:end] <= at))", "(0 * pads[:, None] <= (keys[:end] <= at))"),
 ]
