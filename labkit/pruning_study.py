@@ -5,6 +5,7 @@ byte of held-out text (perplexity a byte is two to the power of it).
 """
 
 import copy
+import itertools
 import time
 
 import numpy as np
@@ -153,13 +154,13 @@ class InputSpread:
     """The standard deviation of every input feature: `InputNorm` without the feature's mean. Not Wanda's but FLAP's."""
 
     def __init__(self, columns, device="cpu"):
-        self.total, self.squares = torch.zeros(2, columns, device=device)
+        self.total, self.products = torch.zeros(columns, device=device), torch.zeros(columns, columns, device=device)
         self.count = 0
 
     def add(self, x):
         x = x.flatten(0, -2).float()
         self.total += x.sum(0)
-        self.squares += x.square().sum(0)
+        self.products += x.t() @ x
         self.count += len(x)
 
     @property
@@ -168,7 +169,7 @@ class InputSpread:
 
     @property
     def value(self):
-        return (self.squares / self.count - self.mean**2).clamp(min=0).sqrt()
+        return (self.products.diagonal() / self.count - self.mean**2).clamp(min=0).sqrt()
 
 
 class InputSize(InputSpread):
@@ -176,19 +177,28 @@ class InputSize(InputSpread):
 
     @property
     def value(self):
-        return (self.squares / self.count).sqrt()
+        return (self.products.diagonal() / self.count).sqrt()
 
 
 @torch.no_grad()
-def prune_with_bias(model, batches, kind):
-    """Wanda at 50 % with one of the two above. What a weight gave on average stays, as a bias. In place, as `prune`."""
+def prune_and_mend(model, batches, kind, *, rescale, bias):
+    """Wanda at 50 % with one of the two above, then mended. In place, as `prune`.
+
+    rescale: each row takes the factor that brings its output nearest to the dense one (least squares). bias: what is
+    lost on average comes back as a bias of the layer.
+    """
     hidden = [model.embed_tokens(ids) for ids in batches]
     for block in model.layers:
         statistics = watch(model, block, hidden, kind)
         for name, linear in linears(block).items():
             w, seen = linear.weight.clone(), statistics[name]
-            linear.weight.copy_(new_weight(w, seen, **(DEFAULTS | PATTERNS["50%"] | METHODS["Wanda"])))
-            linear.bias = torch.nn.Parameter((w - linear.weight) @ seen.mean)  # the lab's model has none
+            kept = new_weight(w, seen, **(DEFAULTS | PATTERNS["50%"] | METHODS["Wanda"]))
+            if rescale:
+                to_fit = kept @ seen.products
+                kept *= ((w * to_fit).sum(1) / (kept * to_fit).sum(1)).unsqueeze(1)
+            linear.weight.copy_(kept)
+            if bias:
+                linear.bias = torch.nn.Parameter((w - kept) @ seen.mean)  # the lab's model has none
         hidden = [run(model, block, x) for x in hidden]
     return model
 
@@ -196,16 +206,14 @@ def prune_with_bias(model, batches, kind):
 def norm_or_spread():
     """{rule: bits per byte} of the teacher at 50 %, on the text of `slice_table`: what the mean of a feature does."""
     model, text = Llama.from_pretrained(TEACHER), corpus.read("held_out", [train.SLICE])[:SLICE_TEXT]
-    found, batches = {"dense": train.bits_per_byte(model, text)}, calibration(sequences=16)
-    for name, options in (
-        ("magnitude", dict(method="magnitude")),
-        ("Wanda", dict(method="wanda")),
-        ("Wanda with the spread for the norm", dict(method="wanda", statistic=InputSpread)),
-    ):
-        pruned = prune(copy.deepcopy(model), batches=batches, sparsity=0.5, progress=None, **options)
-        found[name] = train.bits_per_byte(pruned, text)
-    for name, kind in (("Wanda, bias", InputSize), ("Wanda with the spread for the norm, bias", InputSpread)):
-        found[name] = train.bits_per_byte(prune_with_bias(copy.deepcopy(model), batches, kind), text)
+    batches = calibration(sequences=16)
+    magnitude = prune(copy.deepcopy(model), "magnitude", sparsity=0.5, progress=None)
+    found = {"dense": train.bits_per_byte(model, text), "magnitude": train.bits_per_byte(magnitude, text)}
+    for rule, kind in (("norm", InputSize), ("spread", InputSpread)):
+        for rescale, bias in itertools.product((False, True), repeat=2):
+            mended = prune_and_mend(copy.deepcopy(model), batches, kind, rescale=rescale, bias=bias)
+            name = rule + ", rescaled" * rescale + ", bias" * bias
+            found[name] = train.bits_per_byte(mended, text)
     return found
 
 

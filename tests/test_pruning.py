@@ -88,7 +88,8 @@ PLANTED_BUGS = [
     ("labkit/prune.py", "args.expect(ids.numel() > 0, \"batches\", tuple(ids.shape), \"[>= 1, >= 1]\")", "pass"),
     ("labkit/pruning_study.py", "batches[2 * draw : 2 * draw + 2]", "batches[:2]"),
     ("labkit/pruning_study.py", "lost(w, x, fresh) for way", "lost(w, x, seen[:tokens]) for way"),
-    ("labkit/pruning_study.py", "(w - linear.weight) @ seen.mean", "linear.weight @ seen.mean"),
+    ("labkit/pruning_study.py", "(w - kept) @ seen.mean", "kept @ seen.mean"),
+    ("labkit/pruning_study.py", "to_fit = kept @ seen.products", "to_fit = w @ seen.products"),
 ]  # fmt: skip
 
 
@@ -812,7 +813,7 @@ def test_spread_is_the_norm_without_the_mean():
 
 def test_a_bias_keeps_what_weights_gave_on_average():
     dense, model, batches = small_model(), small_model(), small_batches()
-    study.prune_with_bias(model, batches, study.InputSpread)
+    study.prune_and_mend(model, batches, study.InputSpread, rescale=False, bias=True)
     hidden = [model.embed_tokens(ids) for ids in batches]
     with torch.no_grad():
         for old, block in zip(dense.layers, model.layers):  # each sees what the blocks before it make of the text
@@ -822,9 +823,27 @@ def test_a_bias_keeps_what_weights_gave_on_average():
             assert (before - after).abs().max() > 0.1
             torch.testing.assert_close(after.mean(0), before.mean(0), atol=1e-4, rtol=1e-4)
             hidden = [pr.run(model, block, x) for x in hidden]
+    plain = study.prune_and_mend(small_model(), batches, study.InputSpread, rescale=False, bias=False)
+    assert plain.layers[1].mlp.up_proj.bias is None
+    likewise = ref.prune(small_model(), "wanda", batches, sparsity=0.5, statistic=study.InputSpread, **QUIET)
+    assert all(map(torch.equal, plain.parameters(), likewise.parameters()))
     size, norm = study.InputSize(4), masks.InputNorm(4)
     size.add(tensor(5, 30, 4)), norm.add(tensor(5, 30, 4))
     torch.testing.assert_close(size.value * 30**0.5, norm.value)
+
+
+def test_a_rescaled_row_is_as_near_as_a_factor_can_bring_it():
+    dense, plain, model, batches = small_model(), small_model(), small_model(), small_batches()
+    for pruned, rescale in ((plain, False), (model, True)):
+        study.prune_and_mend(pruned, batches, study.InputSize, rescale=rescale, bias=False)
+    with torch.no_grad():
+        x = dense.layers[0].input_layernorm(torch.cat([dense.embed_tokens(ids) for ids in batches])).flatten(0, 1)
+        before, short, after = (m.layers[0].self_attn.k_proj(x) for m in (dense, plain, model))
+    factor = after.abs().sum(0) / short.abs().sum(0)
+    torch.testing.assert_close(after, short * factor, atol=1e-4, rtol=1e-4)
+    assert (factor - 1).abs().max() > 0.01
+    what_is_left = before - after  # of a least-squares fit: at a right angle to it
+    assert ((what_is_left * after).sum(0).abs() < 1e-4 * before.square().sum(0)).all()
 
 
 def test_little_calibration_is_no_matter_of_damping():
