@@ -190,6 +190,10 @@ def test_links_inside_the_book_lead_somewhere(book, pages):
                 assert f'id="{unquote(parts.fragment)}"' in path.read_text(encoding="utf-8"), f"{name}: {link['href']}"
 
 
+CELLS_BEYOND = """[...document.querySelectorAll(".cell_output .text_html :is(td, th)")]
+    .filter(cell => cell.clientWidth && cell.scrollWidth > cell.clientWidth + 1).map(cell => cell.textContent)"""
+
+
 def test_every_page_in_a_browser(book, pages):
     """No console error, no request but for files, no sideways scrolling in both themes and on a phone, enough contrast,
     equations set, every player works by the keyboard."""
@@ -209,6 +213,8 @@ def test_every_page_in_a_browser(book, pages):
                     for width in (1280, 390):
                         tab.set_viewport_size({"width": width, "height": 900})
                         assert overflow(tab) <= 0, f"{name}: wider than the window, {scheme}, {width} px"
+                        beyond = tab.evaluate(CELLS_BEYOND)
+                        assert not beyond, f"{name}: text leaves its cell, {width} px: {beyond[:5]}"
                 players = tab.query_selector_all(".lab-player")
                 assert len(players) == len(soup.select(".lab-player"))
                 wrong = [problem for player in players for problem in operate(tab, player)]
