@@ -1,21 +1,62 @@
 """`show(fn)`: code in a notebook comes from its source file, never from a pasted copy. And tables as HTML."""
 
 import inspect
+import re
 import textwrap
+from html import unescape
 from pathlib import Path
+
+from labkit.player import Html
 
 _ROOT = Path(__file__).resolve().parent.parent
 
 
 def html_table(head, body, *, style="", columns=""):
-    """A table of cells that are HTML already; a line of the body begins with its heading. columns: its <colgroup>."""
+    """A table of cells that are HTML already; a line of the body begins with its heading. columns: its <colgroup>.
+
+    A line of one cell is the heading of those below it.
+    """
     heads = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     rows = "".join(
         f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>"
+        if rest
+        else f'<tr class="lab-group"><th scope="rowgroup" colspan="{len(head)}"><span>{first}</span></th></tr>'
         for first, *rest in body
     )
     style = f' style="{style}"' if style else ""
     return f"<table{style}>{columns}<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+_CARDS = """
+.bd-content .cell_output .lab-use.lab-use table { white-space: normal; table-layout: fixed; width: 100%;
+  font-size: .8rem; }
+.lab-use :is(td, th) { vertical-align: top; text-align: left; } .lab-use .lab-label { display: none; }
+.lab-use code { font-size: .95em; } .lab-use code span { white-space: nowrap; }
+.lab-use .lab-group ~ tr:not(.lab-group) th { font-weight: normal; }
+.lab-use tr { border-bottom: 1px solid var(--pst-color-border, #888); }
+.lab-use .lab-group th { padding-top: 1.2rem !important; font-size: 1.1em; }
+.lab-use small { font-size: .8em; font-weight: normal; opacity: .8; }
+@media (max-width: 700px) {
+  .lab-use :is(table, tbody, tr, td, th) { display: block; width: auto !important; } .lab-use thead { display: none; }
+  .lab-use tr:not(.lab-group) { border: 1px solid var(--pst-color-border, #888); border-radius: 6px;
+    margin: .7rem 0; padding: .4rem; }
+  .lab-use td:empty { display: none; } .lab-use .lab-label { display: inline; }
+}
+"""
+
+
+def cards(head, body, widths=()):
+    """A table, as of `html_table`, that turns into cards on a narrow screen: there each cell says its heading itself.
+
+    widths: of the columns, in percent.
+    """
+    body = list(body)
+    labels = [f'<b class="lab-label">{heading}: </b>' for heading in head[1:]]
+    lines = [[first, *(cell and label + cell for label, cell in zip(labels, rest))] for first, *rest in body]
+    columns = "".join(f'<col style="width: {width}%">' for width in widths)
+    table = html_table(head, lines, columns=columns and f"<colgroup>{columns}</colgroup>")
+    text = "\n".join(re.sub("<[^>]*>", "", unescape(" | ".join(line))) for line in body)
+    return Html(f'<div class="lab-use"><style>{_CARDS}</style>{table}</div>', text)
 
 
 class Source:

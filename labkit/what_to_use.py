@@ -6,11 +6,11 @@ that `SYSTEMS` names. "none": looked for, and not found. An empty cell: not look
 
 import re
 from functools import cache
-from html import escape, unescape
+from html import escape
 
-from labkit import flash_decoding_pp, fusion_study, gqa, player, splits, step_model, summary
+from labkit import flash_decoding_pp, fusion_study, gqa, splits, step_model, summary
 from labkit.gpus import GPUS
-from labkit.show import html_table
+from labkit.show import cards
 from labkit.step_map import CHAPTERS
 
 STEP = dict(model="Llama-3-8B", device="H200", context=8192, batch=64)  # as on the page of one step
@@ -76,17 +76,6 @@ DRAFT_OPTIONS = (
     "`--speculative-config`", "`--speculative-algorithm STANDALONE`",
     "`speculative_config`: `DraftTargetDecodingConfig` (1.3.0rc29)", "`--model-draft`", "`assistant_model`",
 )  # fmt: skip
-_STYLE = """
-.bd-content .cell_output .lab-use.lab-use table { white-space: normal; table-layout: fixed; width: 100%;
-  font-size: .8rem; }
-.lab-use :is(td, th) { vertical-align: top; text-align: left; } .lab-use .lab-label { display: none; }
-.lab-use code { font-size: .95em; } .lab-use code span { white-space: nowrap; }
-@media (max-width: 700px) {
-  .lab-use :is(table, tbody, tr, td, th) { display: block; width: auto !important; } .lab-use thead { display: none; }
-  .lab-use tr { border: 1px solid var(--pst-color-border, #888); border-radius: 6px; margin: .7rem 0; padding: .4rem; }
-  .lab-use td:empty { display: none; } .lab-use .lab-label { display: inline; }
-}
-"""
 
 
 _ARROW = "\N{NO-BREAK SPACE}\N{RIGHTWARDS ARROW}\N{NO-BREAK SPACE}"
@@ -157,12 +146,8 @@ def options():
 
 
 def table(head, lines):
-    """A table that turns into cards on a narrow screen: there each cell says its heading itself."""
-    lines = list(lines)
-    labels = [f'<b class="lab-label">{escape(heading)}: </b>' for heading in head[1:]]
-    body = [[first, *(cell and label + cell for label, cell in zip(labels, cells))] for first, cells in lines]
-    text = "\n".join(re.sub("<[^>]*>", "", unescape(" | ".join([first, *cells]))) for first, cells in lines)
-    return player.Html(f'<div class="lab-use"><style>{_STYLE}</style>{html_table(head, body)}</div>', text)
+    """A table that turns into cards on a narrow screen."""
+    return cards([escape(heading) for heading in head], [[first, *cells] for first, cells in lines])
 
 
 def _link(chapter):

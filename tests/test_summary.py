@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from bs4 import BeautifulSoup
 
 import kernels
 from labkit import bench, record, summary
@@ -47,6 +48,40 @@ def test_won_tied_lost_and_without_a_peer(tmp_path):
     assert not found.changed
 
 
+def lines_of(table):
+    """The body of a table in HTML: the texts of its cells, without the headings that they bring along."""
+    rows = BeautifulSoup(table._repr_html_(), "html.parser").select(".lab-use tbody tr")
+    return [[cell.get_text().removeprefix(b.text if (b := cell.select_one(".lab-label")) else "") for cell in row] for row in rows]
+
+
+def test_the_table_of_a_gpu(tmp_path, monkeypatch):
+    """Wins beside losses, the worst case by name, older code named, and what was not recorded."""
+    rows = [row(CEILING, "copy", [1.0])]
+    for name, own, peer in (("won", 10.0, 40.0), ("lost", 20.0, 10.0), ("tied", 10.0, 10.0), ("not run", None, None)):
+        rows += [row(name, "kernel", [own] * 3 if own else [], source_hash="h"), row(name, "peer", [peer] * 3 if peer else [])]
+    record.save(rows, tmp_path / "gqa.json")
+    cases = {"gqa": [case(name) for name in ("won", "lost", "tied", "not run")], "pruning": [case("other")]}
+    monkeypatch.setattr(bench, "topic_cases", cases.get)
+    for now, said in (("h", "The kernels are unchanged since."), ("other", "the figures are of older code: kernel.")):
+        monkeypatch.setattr(bench, "hashes", lambda cases, ops, now=now: {(c.name, "kernel"): now for c in cases})
+        table = summary.measured_table(tmp_path, cases, lambda topic: None)
+        heading, line = lines_of(table)
+        assert heading[0].startswith("7 MHA, MQA and GQARecorded on Test GPU: 2026-01-01")
+        assert heading[0].endswith(said)
+        mean = (4 * 0.5 * 1) ** (1 / 3)
+        expected = ["all cases", "3 of 4", f"{mean:.2f} times as fast", "0.50: lost, against peer", "5% to 10%", "1 faster, 1 tied, 1 slower"]
+        assert line == expected
+        assert "Not recorded on this GPU: <a href=\"04_pruning.html\">4 Pruning</a>" in table._repr_html_()
+        assert "not run: no" in table._repr_html_(), "the fold has every case"
+        assert "Not recorded: pruning" in repr(table)
+
+
+def test_what_waits_for_a_gpu_in_the_order_of_the_chapters(monkeypatch):
+    monkeypatch.setattr(bench, "topic_cases", {"gqa": [1, 2], "fusion": [1], "first_kernel": [1]}.get)
+    text = BeautifulSoup(summary.planned(["first_kernel", "gqa", "fusion"]), "html.parser").text
+    assert text == "4 cases: A first kernel (1), 3 Operator fusion (1), 7 MHA, MQA and GQA (2)"
+
+
 def stage(name, verdict, **changes):
     return row(name, "-m pytest", [], topic="metal", bytes=0, error=None, verdict=verdict, mode="", **changes)
 
@@ -58,9 +93,10 @@ def test_the_stages_on_the_metal(tmp_path):
     record.save([*stages, later], tmp_path / "test-gpu" / "metal.json")
     first, second = summary.metal(tmp_path).items()
     assert first[0] == "Test GPU: 2026-01-01 00:00:00 UTC, commit abc, driver 1, torch 2, triton 3"
-    assert first[1] == ["tests       ok: 900 passed (120 s)", "memcheck    not run: compute-sanitizer is missing"]
+    assert first[1] == [("tests", "ok: 900 passed (120 s)"), ("memcheck", "not run: compute-sanitizer is missing")]
     assert "2026-01-02" in second[0]
-    assert second[1] == ["tune        failed: a trial (9 s)"]
+    assert second[1] == [("tune", "failed: a trial (9 s)")]
+    assert lines_of(summary.metal_table(tmp_path))[-2:] == [[second[0]], ["tune", "failed: a trial (9 s)"]]
     assert summary.gpus(tmp_path) == [], "stages are no measurements"
 
 
@@ -119,19 +155,38 @@ def test_experiments_are_there():
 
 
 @pytest.mark.parametrize("experiment", [e for e in EXPERIMENTS if e.name in summary.HEADLINES], ids=lambda e: e.name)
-def test_headlines_are_numbers(experiment):
+def test_findings_are_numbers_beside_others(experiment):
     lines = summary.headline(experiment)
     assert lines
-    assert all(any(c.isdigit() for c in line) for line in lines)
+    for what, result, against, spread in lines:
+        assert what[0].isupper() or what[0].isdigit(), what
+        assert re.match(r"[\d.]+ ", result), result
+        assert re.search(r"\d", against), what
+        assert spread, what
+    assert len({what for what, *_ in lines}) == len(lines), "no two findings have the same words"
 
 
-def test_headlines_follow_the_record():
+def test_findings_follow_the_record_and_all_its_seeds():
     (train,) = (e for e in EXPERIMENTS if e.name == "train")
-    sample = json.loads(json.dumps(train.samples[0])) | {"held_out_bits_per_byte": 9.87}
-    assert "9.87 bits" in summary.headline(replace(train, samples={0: sample}))[0]
-    two = replace(train, samples={0: sample, 1: sample})
-    assert [line.split(":")[0] for line in summary.headline(two)] == ["seed 0", "seed 1"]
+    samples = [json.loads(json.dumps(train.samples[0])) | {"held_out_bits_per_byte": bits} for bits in (9.80, 9.90)]
+    ((_, result, _, spread),) = summary.headline(replace(train, samples={0: samples[0]}))
+    assert (result, spread) == ("9.80 bits per byte", "one seed")
+    ((_, result, _, spread),) = summary.headline(replace(train, samples=dict(enumerate(samples))))
+    assert (result, spread) == ("9.85 bits per byte", "2 seeds: 9.80 to 9.90")
     assert summary.headline(replace(train, name="new")) == []
+
+
+def test_the_table_of_findings_says_where_they_come_from():
+    """By chapter, each under a heading with date, commit and whether its code is the one that was run."""
+    (train,) = (e for e in EXPERIMENTS if e.name == "train")
+    new = replace(train, name="new <one>", source_hash="0" * 16)
+    *_, last, heading = lines_of(summary.findings([new, *EXPERIMENTS]))
+    assert heading[0].startswith("new <one>")
+    assert "The code has changed since." in heading[0]
+    assert len(last) == len(summary.HEAD)
+    headings = [line[0] for line in lines_of(summary.findings(EXPERIMENTS)) if len(line) == 1]
+    assert len(headings) == len(EXPERIMENTS)
+    assert all(e.date in text and e.commit in text for e, text in zip(sorted(EXPERIMENTS, key=lambda e: [*summary.HEADLINES].index(e.name)), headings))
 
 
 @pytest.mark.parametrize(
