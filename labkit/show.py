@@ -33,7 +33,7 @@ _CARDS = """
 .lab-use :is(td, th) { vertical-align: top; text-align: left; } .lab-use .lab-label { display: none; }
 .lab-use code { font-size: .95em; } .lab-use code span { white-space: nowrap; }
 .lab-use .lab-group ~ tr:not(.lab-group) th { font-weight: normal; }
-.lab-use tr { border-bottom: 1px solid var(--pst-color-border, #888); }
+.lab-use tr { border-bottom: 1px solid #8885; }
 .lab-use .lab-group th { padding-top: 1.2rem !important; font-size: 1.1em; }
 .lab-use small { font-size: .8em; font-weight: normal; opacity: .8; }
 @media (max-width: 700px) {

@@ -16,7 +16,7 @@ from pathlib import Path
 from labkit import codegen
 from labkit.provenance import source_hash, with_root
 from labkit.record import RESULTS, toolchain
-from labkit.show import html_table
+from labkit.show import cards, html_table
 
 FILE = RESULTS / "compiled.json"
 EMULATED = "sm_90"  # whose PTX runs on the CPU
@@ -109,42 +109,62 @@ def cell(result):
 
 
 class Table:
-    """The table as the page shows it. `notes` lists every complaint, in the compiler's or the gate's words."""
+    """The table as the page shows it. `notes` has every complaint, in the compiler's or the gate's words."""
 
     def __init__(self, table):
         self.table = table
+        self.devices = {target: codegen.ALL_TARGETS[target].device for target in table["targets"]}
+
+    def made(self):
+        """When, and with what."""
+        return "Compiled {date} UTC, commit {commit}, with Triton {triton}, torch {torch}.".format(**self.table)
 
     def lines(self):
-        """Rows of pairs: what stands above, and what stands below it."""
-        devices = [(t, codegen.ALL_TARGETS[t].device) for t in self.table["targets"]]
-        lines = [[("kernel", "case"), ("interpreter", "on the CPU"), ("PTX", "on the CPU"), *devices]]
+        """Rows of pairs: what stands above, and what stands below it. A kernel file is the heading of its functions."""
+        lines = [[("kernel", "case"), ("interpreter", "on the CPU"), ("PTX", "on the CPU"), *self.devices.items()]]
+        heading = None
         for row in self.table["rows"]:
             run = [(row[how].partition(":")[0] or "in the tests", "") for how in ("interpreter", "ptx")]
             cells = [cell(row["targets"][target]) for target in self.table["targets"]]
-            name = row["function"].removeprefix("kernels.").replace(":", ": ")
-            lines.append([(name, row["case"]), *run, *cells])
+            file, name = row["function"].removeprefix("kernels.").split(":")
+            lines += [[(file, "")]] * (file != heading) + [[(name, row["case"]), *run, *cells]]
+            heading = file
         return lines
 
     def notes(self):
-        """["problem: which kernels on which targets"]"""
+        """The complaints, as a table: kernel, targets, in what words. Targets of the same words share a line."""
         found = {}
         for row in self.table["rows"]:
             for target, result in row["targets"].items():
-                for problem in result["problems"]:
-                    found.setdefault(problem, {}).setdefault(target, []).append(row["function"].partition(":")[2])
-        return [
-            f"{problem}: " + "; ".join(f"{target}, {', '.join(names)}" for target, names in where.items())
-            for problem, where in found.items()
+                if result["problems"]:
+                    function = row["function"].removeprefix("kernels.").replace(":", ": ")
+                    found.setdefault((function, "; ".join(result["problems"])), []).append(target)
+        body = [
+            [html.escape(function), ", ".join(f"{t} {self.devices[t]}" for t in targets), html.escape(problems)]
+            for (function, problems), targets in found.items()
         ]
+        return cards(("kernel", "compiled for", "complaints"), body, widths=(30, 20, 50))
 
     def __repr__(self):
         lines = [[", ".join(filter(None, pair)) for pair in line] for line in self.lines()]
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+        widths = [max(map(len, column)) for column in zip(*(line for line in lines if len(line) > 1))]
+        return "\n".join(["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines] + [self.made()])
 
     def _repr_html_(self):
         def pair(above, below):
-            return f"{html.escape(above)}<br>{html.escape(below)}"
+            mark = above if above in ("ok", "in the tests", *self.devices) else f"<b>{html.escape(above)}</b>"
+            return f"{mark}<br><small>{html.escape(below)}</small>" if below else mark
 
         head, *body = ([pair(*texts) for texts in line] for line in self.lines())
-        return html_table(head, body, style="white-space: normal")
+        made = f"<p><small>{html.escape(self.made())}</small></p>"
+        return f'<div class="lab-runs"><style>{_STYLE}</style>{html_table(head, body)}</div>{made}'
+
+
+_STYLE = """
+.bd-content .cell_output .lab-runs.lab-runs table { white-space: normal; }
+.lab-runs :is(td, th) { vertical-align: top; text-align: left; } .lab-runs tbody th { min-width: 8rem; }
+.bd-content .cell_output .lab-runs.lab-runs :is(td, th) { padding: .15rem .25rem; }
+.lab-runs :is(thead th:nth-child(-n + 3), td small) { white-space: nowrap; }
+.lab-runs small { font-size: .88em; font-weight: normal; } .lab-runs tr { border-bottom: 1px solid #8885; }
+.lab-runs .lab-group th { padding-top: .5rem !important; font-size: 1.1em; }
+"""

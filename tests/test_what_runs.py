@@ -59,12 +59,21 @@ def test_the_first_case_of_a_function_is_the_one(monkeypatch):
 def test_a_cell(change, expected):
     result = {"compiles": True, "problems": [], "spills": 0, "shared": 2048, "matrix": ["HMMA.16816.F32.BF16"], **change}
     assert what_runs.cell(result) == expected
-    table = {"targets": ["sm_80"], "rows": [{"function": "kernels.m:f", "case": "c", "interpreter": "ok: 0", "ptx": "", "targets": {"sm_80": result}}]}
+    rows = [{"function": "kernels.m:f", "case": "c", "interpreter": "ok: 0", "ptx": "", "targets": dict.fromkeys(("sm_80", "sm_90"), result)}]
+    table = dict(targets=["sm_80", "sm_90"], rows=rows, date="2026-01-01", commit="abc", triton="3", torch="2")
     shown = what_runs.Table(table)
+    assert [line[-1] for line in shown.lines()[2:]] == [expected]
     assert expected[0] in shown._repr_html_()
     assert expected[0] in repr(shown)
-    assert [note for note in shown.notes() if not note.endswith(": sm_80, f")] == []
-    assert len(shown.notes()) == len(result["problems"])
+    assert "Compiled 2026-01-01 UTC, commit abc" in shown._repr_html_()
+    notes = repr(shown.notes())
+    assert notes == "".join(f"m: f | sm_80 A100, sm_90 H200 | {problem}" for problem in result["problems"])
+
+
+def test_functions_stand_under_their_file():
+    headings = [line[0][0] for line in what_runs.Table(TABLE).lines() if len(line) == 1]
+    assert headings == sorted(set(headings))
+    assert set(headings) == {function.removeprefix("kernels.").partition(":")[0] for function in FUNCTIONS}
 
 
 @pytest.mark.skipif(not codegen.importlib.util.find_spec("triton"), reason="Triton is not installed: nothing to compile")
