@@ -23,6 +23,7 @@ COLORS = {
     "black": "#333333",
 }
 MIDDLE = "#7b7b7b"  # can be read on white and on the dark theme
+PHONE, LEGIBLE = 400, 7.9  # pixels: a phone's width, and text that can be read there
 CMAP = "cividis"  # for heat maps: even in luminance, safe for colour-blind readers
 
 STYLE = {
@@ -51,14 +52,14 @@ STYLE = {
 class Figure:
     """A drawn figure with its caption and alt text. The book numbers it and takes {numref}`name`."""
 
-    def __init__(self, png, name, caption, alt, width, keep=False):
-        self.png, self.name, self.caption, self.alt, self.width, self.keep = png, name, caption, alt, width, keep
+    def __init__(self, png, name, caption, alt, width, classes=()):
+        self.png, self.name, self.caption, self.alt, self.width, self.classes = png, name, caption, alt, width, classes
 
     def __repr__(self):
         return f"Figure {self.name}: {self.alt}"
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        image = {"alt": self.alt} | ({"classes": "lab-keep"} if self.keep else {})
+        image = {"alt": self.alt} | ({"classes": " ".join(self.classes)} if self.classes else {})
         figure = {"figure": {"name": self.name, "caption": self.caption}, "image": image}
         # needs_background: JupyterLab's dark theme. The width undoes the double resolution.
         meta = {"needs_background": "light", "lab_figure": figure, "image/png": {"width": self.width}}
@@ -119,12 +120,21 @@ def _beside(ax, x, y, words, *, right, **kwargs):
     ax.annotate(words, (x, y), (7 if right else -7, 0), fontsize=9, **side, **kwargs)
 
 
+def fits(fig):
+    """Whether the smallest text of a drawn figure can be read where the figure is as wide as a phone."""
+    texts = (text for text in fig.findobj(Text) if text.get_visible() and text.get_text().strip())
+    smallest = min((text.get_fontsize() for text in texts), default=STYLE["font.size"])  # points
+    inches = max(fig.get_figwidth(), PHONE / fig.dpi)
+    return bool(smallest / 72 * PHONE / inches >= LEGIBLE)
+
+
 def show(fig, *, name, caption, alt, keep=False):
     """Close `fig` and return it as a `Figure`, the last expression of its cell.
 
     name: unique in the book, e.g. "fig-waves". caption: MyST Markdown, what to see in it. alt: for those who cannot
     see it: the kind of plot, the axes, and what it shows; not a repetition of the caption. keep: the dark theme leaves
     the figure as it is, for a heat map, where bright means much; its words are grey, on no background.
+    On a phone a figure that `fits` is as wide as the screen; others keep their size and scroll.
     Raises ValueError when one is missing or the alt text is too short to say anything.
     """
     if not name.startswith("fig-"):
@@ -140,5 +150,6 @@ def show(fig, *, name, caption, alt, keep=False):
     with plt.rc_context(STYLE):
         fig.savefig(buffer, format="png", dpi=2 * fig.dpi, transparent=keep, metadata={"Software": None})
     width = round(fig.get_figwidth() * fig.dpi)
+    classes = ["lab-keep"] * keep + ["lab-fits"] * fits(fig)
     plt.close(fig)
-    return Figure(buffer.getvalue(), name, " ".join(caption.split()), alt.strip(), width, keep)
+    return Figure(buffer.getvalue(), name, " ".join(caption.split()), alt.strip(), width, classes)

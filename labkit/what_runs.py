@@ -164,7 +164,8 @@ _STYLE = """
 .bd-content .cell_output .lab-runs.lab-runs table { white-space: normal; }
 .lab-runs :is(td, th) { vertical-align: top; text-align: left; } .lab-runs tbody th { min-width: 8rem; }
 .bd-content .cell_output .lab-runs.lab-runs :is(td, th) { padding: .15rem .25rem; }
-.lab-runs :is(thead th:nth-child(-n + 3), td small) { white-space: nowrap; }
+.lab-runs thead th:nth-child(-n + 3) { white-space: nowrap; }
+.lab-runs td b { display: inline-block; min-width: 4.4rem; }
 .lab-runs small { font-size: .88em; font-weight: normal; } .lab-runs tr { border-bottom: 1px solid #8885; }
 .lab-runs .lab-group th { padding-top: .5rem !important; font-size: 1.1em; }
 """
