@@ -82,42 +82,43 @@ def bare(ax):
     ax.grid(False)
 
 
-def dumbbells(groups, *, width=8.0):
+def dumbbells(groups, *, width=7.0):
     """A figure of what changes: {group: rows of (name, what, unit, without, with)}, an arrow from one to the other.
 
     A row has a scale of its own, from 0 to the larger of its two numbers, since units differ.
     """
-    count = sum(len(rows) for rows in groups.values()) + len(groups)
-    fig, ax = figure(width=width, height=0.36 * count + 0.6)
+    count = sum(len(rows) for rows in groups.values()) + 0.7 * len(groups)
+    fig, ax = figure(width=width, height=0.52 * count + 0.3)
     y = 0
     for group, rows in groups.items():
-        ax.text(-1.12, y, group, weight="bold", va="center")
+        ax.text(-0.1, y - 0.2, group, weight="bold", va="center", fontsize=12)
         y += 1
         for name, what, unit, *pair in rows:
-            (x0, x1), (said0, said1) = [x / max(pair) for x in pair], [f"{x:,.1f}".removesuffix(".0") for x in pair]
-            ax.text(-1.12, y, f"{name}: {what}", va="center", fontsize=9)
+            x0, x1 = (x / max(pair) for x in pair)
+            said0, said1 = (f"{x:,.1f}".removesuffix(".0") + f" {unit}" * bool(unit) for x in pair)
+            ax.text(0, y - 0.43, f"{name}: {what}", va="center", color="#333333")
             ax.plot([0, 1], [y, y], color="#dddddd", lw=0.8, ls="-", marker="", zorder=0)
             if x0 == x1:
-                ax.text(0.96, y - 0.05, "nothing to do", va="bottom", ha="right", fontsize=8, color="#555555")
+                ax.text(0.96, y - 0.04, "nothing to do", va="bottom", ha="right", color="#555555")
             else:
                 ax.annotate("", (x1, y), (x0, y), arrowprops={"arrowstyle": "->", "color": "#555555", "shrinkB": 5})
                 _beside(ax, x0, y, said0, right=x0 > x1)
             _beside(ax, x1, y, said1, right=x1 >= x0, color=COLORS["blue"], weight="bold")
             ax.plot(x0, y, color="#999999", marker="o", ls="", ms=8)
             ax.plot(x1, y, color=COLORS["blue"], marker="o", ls="", ms=8)
-            ax.text(1.25, y, unit, va="center", fontsize=9)
             y += 1
+        y -= 0.3
     ax.plot([], [], color="#999999", marker="o", ls="", ms=8, label="without")
     ax.plot([], [], color=COLORS["blue"], marker="o", ls="", ms=8, label="with")
-    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
-    ax.set(xlim=(-1.13, 1.32), ylim=(y - 0.4, -0.6))
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 0.965), ncols=2, frameon=False)
+    ax.set(xlim=(-0.13, 1.16), ylim=(y - 0.4, -0.5))
     ax.axis("off")
     return fig
 
 
 def _beside(ax, x, y, words, *, right, **kwargs):
     side = {"ha": "left" if right else "right", "va": "center", "textcoords": "offset points"}
-    ax.annotate(words, (x, y), (7 if right else -7, 0), fontsize=9, **side, **kwargs)
+    ax.annotate(words, (x, y), (7 if right else -7, 0), **side, **kwargs)
 
 
 def fits(fig):

@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from labkit import bench, player, plot
+from labkit import bench, plot, show
 from labkit.gpus import GPUS
 from labkit.provenance import source_hash
 from labkit.record import find
-from labkit.show import html_table
 
 ROOFS = {"A100 80GB": "orange", "H200": "blue", "B200": "green"}
 OPERATIONS = (  # (words, topic, case, chapter, side of its point on which the words stand)
@@ -137,7 +136,7 @@ def table(points, gpu="H200"):
         rate = attainable(GPUS[gpu], point.intensity)
         shown = (f"{point.intensity:.1f}", f"{rate / 1e12:,.1f}", f"{rate / GPUS[gpu].bf16_flops:.1%}")
         lines.append((point.words, str(point.chapter), *shown))
-    return player.Html(html_table(head, lines), "\n".join(" | ".join(line) for line in (head, *lines)))
+    return show.table(head, lines)
 
 
 def draw(points, *, name, caption, alt, gpu="H200"):

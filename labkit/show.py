@@ -3,7 +3,7 @@
 import inspect
 import re
 import textwrap
-from html import unescape
+from html import escape, unescape
 from pathlib import Path
 
 from labkit.player import Html
@@ -25,6 +25,13 @@ def html_table(head, body, *, style="", columns=""):
     )
     style = f' style="{style}"' if style else ""
     return f"<table{style}>{columns}<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def table(head, body):
+    """A table of plain texts, and the same in lines for where HTML cannot be shown."""
+    lines = [[str(cell) for cell in line] for line in (head, *body)]
+    first, *rest = ([*map(escape, line)] for line in lines)
+    return Html(html_table(first, rest), "\n".join(" | ".join(line) for line in lines))
 
 
 _CARDS = """

@@ -93,7 +93,7 @@ def test_run(sample):
     figure = code[1]
     assert figure.metadata.mystnb == {
         "figure": {"name": "fig-sample", "caption": "A *line*."},
-        "image": {"alt": "A line that rises from three to four."},
+        "image": {"alt": "A line that rises from three to four.", "classes": "lab-fits"},
     }
     assert set(figure.outputs[0].data) == {"image/png", "text/plain"}
     assert set(code[2].outputs[0].data) == {"text/html", "text/plain"}

@@ -15,7 +15,7 @@ PLANTED_BUGS = [
     ("labkit/what_to_use.py", '["2:4", "SparseGPT"]', '["4:8", "SparseGPT"]'),
     ("labkit/what_to_use.py", "heads[4][", "heads[1]["),
     ("labkit/what_to_use.py", "weights / (weights + b * n * token)", "weights / (weights + n * token)"),
-    ("labkit/what_to_use.py", "cell and label + cell", "label + cell"),
+    ("labkit/show.py", "cell and label + cell", "label + cell"),
     ("labkit/what_to_use.py", "(?<=[a-z])(?=[A-Z])", "(?<=[a-z])(?=[a-z])"),
     ("labkit/what_to_use.py", "Speculative decoding, in one page", "Speculative decoding, on one page"),
 ]
