@@ -87,7 +87,7 @@ def dumbbells(groups, *, width=7.0):
 
     A row has a scale of its own, from 0 to the larger of its two numbers, since units differ.
     """
-    count = sum(len(rows) for rows in groups.values()) + 0.7 * len(groups)
+    count = sum(len(rows) for rows in groups.values()) + 1.1 * len(groups)
     fig, ax = figure(width=width, height=0.52 * count + 0.3)
     y = 0
     for group, rows in groups.items():
@@ -107,7 +107,7 @@ def dumbbells(groups, *, width=7.0):
             ax.plot(x0, y, color="#999999", marker="o", ls="", ms=8)
             ax.plot(x1, y, color=COLORS["blue"], marker="o", ls="", ms=8)
             y += 1
-        y -= 0.3
+        y += 0.1
     ax.plot([], [], color="#999999", marker="o", ls="", ms=8, label="without")
     ax.plot([], [], color=COLORS["blue"], marker="o", ls="", ms=8, label="with")
     ax.legend(loc="lower right", bbox_to_anchor=(1, 0.965), ncols=2, frameon=False)
