@@ -144,10 +144,10 @@ def draw(report, *, name, caption, alt):
         launches, size = report.total(rows)
         ax.set_title(f"{title}: {launches} launches, {size / 1e6:,.1f} MB")
         ax.set(xlim=(-2, width), ylim=(-highest / 8, 1.1 * highest), yticks=[])
-        ax.set_xticks(range(len(rows)), [_short(row.what) for row in rows], rotation=90, fontsize=9)
+        ax.set_xticks(range(len(rows)), [_short(row.what) for row in rows], rotation=90)
         ax.grid(False)
         ax.spines["left"].set_visible(False)
-    axes[0].legend(loc="upper right", ncols=2, fontsize=9)
+    axes[0].legend(loc="upper right", ncols=2)
     return plot.show(fig, name=name, caption=caption, alt=alt)
 
 

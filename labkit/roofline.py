@@ -153,15 +153,15 @@ def draw(points, *, name, caption, alt, gpu="H200"):
     ridge = GPUS[gpu].flops_per_byte
     ax.plot([ridge, ridge], [0.1, GPUS[gpu].bf16_flops / 1e12], color="#888888", lw=1, ls=":", marker="")
     paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
-    beside = {"textcoords": "offset points", "ha": "center", "color": "#555555", "size": 9, "bbox": paper}
+    beside = {"textcoords": "offset points", "ha": "center", "color": "#555555", "bbox": paper}
     ax.annotate("ridge", (ridge, 1.1), (0, 0), **beside)
     for words, far, align in (("waits for memory", -6, "right"), ("for the matrix unit", 6, "left")):
-        ax.annotate(words, (ridge, 0.5), (far, 0), textcoords="offset points", ha=align, color="#555555", size=9)
+        ax.annotate(words, (ridge, 0.5), (far, 0), textcoords="offset points", ha=align, color="#555555")
     for point in points:
         x, y = point.intensity, attainable(GPUS[gpu], point.intensity) / 1e12
         ax.plot(x, y, "o", color=plot.COLORS["black"], ms=6, zorder=4)
         where = {"left": (-8, 3, "right"), "right": (8, -4, "left"), "below": (0, -13, "center")}[point.side]
-        beside = {"textcoords": "offset points", "ha": where[2], "va": "center", "size": 9, "bbox": paper}
+        beside = {"textcoords": "offset points", "ha": where[2], "va": "center", "bbox": paper}
         ax.annotate(point.words, (x, y), where[:2], **beside)
         if point.us is not None:
             ax.plot(x, point.flops / point.us / 1e6, "o", color=plot.COLORS["black"], mfc="white", ms=6, zorder=4)
