@@ -177,6 +177,14 @@ def test_what_counts_as_described(alt, good):
     assert described(BeautifulSoup(f'<img alt="{alt}">', "html.parser").img) == good
 
 
+def test_pages_describe_themselves_to_a_search_engine(pages):
+    """The first page and every one with a recap: in one sentence, and none like another."""
+    described = {name: soup.select('meta[name="description"]') for name, soup in pages.items()}
+    recapped = [name for name, soup in pages.items() if soup.select("aside.lab-recap")]
+    sentences = [tag["content"] for name in ("chapters/intro", *recapped) for tag in described[name]]
+    assert len(recapped) == len(set(sentences)) - 1 >= 13
+
+
 def test_links_inside_the_book_lead_somewhere(book, pages):
     for name, soup in pages.items():
         base = book / f"{name}.html"
