@@ -165,9 +165,12 @@ def load(path, *, dtype=torch.float32, device="cpu"):
     folder, file = Path(path), Path(path) / "widths.json"
     with torch.device("meta"):
         model = Llama(Config(**checkpoint.read_config(folder / "config.json")))
-    found = json.loads(file.read_text())
-    fits = isinstance(found, list) and len(found) == len(model.layers) and all(len(row) == 3 for row in found)
-    args.expect(fits, f"{file}: widths", found, f"three numbers for each of {len(model.layers)} layers")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON or UTF-8
+        raise ValueError(f"{file}: no valid JSON ({error})") from error
+    fits = isinstance(found, list) and len(found) == len(model.layers) and all(map(_is_row, found))
+    args.expect(fits, f"{file}: widths", found, f"three counts for each of {len(model.layers)} layers")
     for block, (q_rows, kv_rows, channels) in zip(model.layers, found):
         head_dim, rows = block.self_attn.head_dim, block.self_attn.k_proj.weight.shape[0]
         shared = block.self_attn.q_proj.weight.shape[0] // rows
@@ -181,6 +184,10 @@ def load(path, *, dtype=torch.float32, device="cpu"):
     if tied:
         model.lm_head.weight = model.embed_tokens.weight
     return model.eval()
+
+
+def _is_row(row):
+    return isinstance(row, list) and len(row) == 3 and all(isinstance(n, int) and n >= 1 for n in row)
 
 
 # ---- recovery

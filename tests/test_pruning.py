@@ -756,9 +756,15 @@ def test_a_narrower_model_is_saved_and_read_back(tmp_path):
     assert lp.widths(back) == lp.widths(pruned) == [[32, 16, 48], [16, 8, 24], [32, 16, 48]]
     with pytest.raises(ValueError, match=r"layers.1.*shape"):
         Llama.from_pretrained(tmp_path)
-    (tmp_path / "widths.json").write_text(json.dumps([[32, 16, 48], [16, 6, 24], [32, 16, 48]]))
-    with pytest.raises(ValueError, match=r"widths.json: widths"):
-        lp.load(tmp_path)
+    outer = [32, 16, 48]
+    for bad in ([16, 6, 24], [16, 8], [16, 8, "24"], [16, 8, 24.0], [-16, -8, 24], 3):
+        (tmp_path / "widths.json").write_text(json.dumps([outer, bad, outer]))
+        with pytest.raises(ValueError, match=r"widths.json: widths"):
+            lp.load(tmp_path)
+    for bad in ("null", json.dumps([outer, outer]), "[[32, 16"):
+        (tmp_path / "widths.json").write_text(bad)
+        with pytest.raises(ValueError, match=r"widths.json: "):
+            lp.load(tmp_path)
 
 
 def test_recovery_starts_from_the_pruned_model_and_ends_dense():
