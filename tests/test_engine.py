@@ -289,6 +289,8 @@ def test_generate_takes_lengths_arrays_and_seeds():
     assert one[0] != one[1]
     assert one[1] == other[0]
     assert engine.generate([], max_new_tokens=3) == []
+    own = Engine(tiny(), num_pages=20).generate([[1, 2]] * 2, **warm, seed=None)
+    assert own == [alone((1, 2), 8, temperature=1.0, seed=id) for id in (0, 1)], "as `add`: with the ids"
 
 
 def test_streams_move_together_and_closing_cancels():
@@ -299,6 +301,11 @@ def test_streams_move_together_and_closing_cancels():
     assert engine.scheduler.generated(1) == 2
     assert list(one) == alone((1, 2, 3), 6)[2:]
     two.close()
+    short, long = engine.stream((7, 8), 3), engine.stream((4, 5), 9)
+    assert next(short) == alone((7, 8), 3)[0]
+    assert list(long) == alone((4, 5), 9)
+    assert engine.is_over(2)
+    assert list(short) == alone((7, 8), 3)[1:], "who ended while nobody read has it all to tell"
     never_read = engine.stream((7,), 5)
     never_read.close()
     engine.step()
@@ -334,6 +341,11 @@ def test_prefixes_are_computed_once():
         engine.step()
         assert engine.batch.prefill == [(id, cached, len(prompt) + len(follow) - cached)]
         assert engine.output(id) == alone(tuple(prompt + follow), 1)
+    plain = Engine(tiny(), num_pages=32, page_size=4, prefix_caching=False)
+    for _ in range(2):
+        id = plain.add(prompt, 1)
+        plain.step()
+        assert plain.batch.prefill == [(id, 0, 18)]
 
 
 def test_a_burst_shares_what_one_step_computes():
@@ -371,6 +383,9 @@ def test_dynamic_waits_for_company():
     assert list(engine.step(first + 0.06)) == [id]
     engine.cancel(id)
     assert engine.generate([(1, 2)], max_new_tokens=3) == [alone((1, 2), 3)]  # waits, and does not spin for ever
+    patient = Engine(tiny(), num_pages=32, policy="dynamic", max_batch=2, window=60.0)
+    patient.add((1, 2), 3)
+    assert patient.step() == {}, "without a time it takes that of the clock"
 
 
 def state(engine):
@@ -478,6 +493,13 @@ def test_a_step_that_fails_leaves_an_engine_that_works():
     fail = False
     assert engine.state(id) == "cancelled"
     assert engine.generate([(4, 21, 2, 3)], max_new_tokens=4) == [alone((4, 21, 2, 3), 4)]
+    known, fail = list(engine._jobs), True  # `generate` keeps nobody, neither who ran nor who still waited
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([(1, 2, 3)] * 99, max_new_tokens=9)
+    assert list(engine._jobs) == known
+    engine.scheduler.check()
+    assert not engine.scheduler.waiting
+    assert not engine.scheduler.running
 
 
 def test_the_scheduler_forgets():
@@ -784,6 +806,10 @@ PLANTED_BUGS = [
     ("labkit/engine.py", "for job, length in zip(jobs, lengths):\n            self._request(-1, job, length)", "pass"),
     ("labkit/engine.py", "        finally:\n            self._drop([id])", "        finally:\n            pass"),
     ("labkit/engine.py", "            self.cancel(id)\n            self.pop(id)", "            self.cancel(id)"),
+    ("labkit/engine.py", "            self._drop(ids)", "            pass"),
+    ("labkit/engine.py", "if not new and self.is_over(id):", "if self.is_over(id):"),
+    ("labkit/engine.py", "time.monotonic() if now is None else now", "now"),
+    ("labkit/engine.py", "self._tokens if prefix_caching else None", "self._tokens if \"reserve\" not in scheduling else None"),
     ("labkit/engine.py", "self._request(-1, job, max_new_tokens)  # before an id is spent", "pass"),
     ("labkit/engine.py", "* size + p % size", "* size + (p - start) % size"),
     ("labkit/engine.py", "positions += range(start, start + n)", "positions += range(n)"),
