@@ -162,6 +162,14 @@ def test_static_forms_its_batch_in_several_steps():
     assert [ids(b) for b in batches][:3] == [(["a", "b"], []), (["c"], []), ([], ["b", "c"])]
 
 
+@pytest.mark.parametrize("policy", ["static", "continuous"])
+def test_a_prompt_is_computed_whole_or_waits(policy):
+    """Of 4 + 3 tokens a step of 6 computes the first 4; a prompt of exactly 6 is not too long."""
+    s = Scheduler(policy, 99, 4, max_batch=3, max_tokens=6)
+    batches = run(s, [Request("a", 0, 4, 1), Request("b", 0, 3, 1), Request("c", 0, 6, 1)])
+    assert [b.prefill for b in batches] == [[("a", 0, 4)], [("b", 0, 3)], [("c", 0, 6)]]
+
+
 def test_static_takes_nobody_in_once_it_decodes():
     """c comes when a and b decode; there is room for it, but the batch is closed."""
     s = Scheduler("static", 99, 4, max_batch=3, max_tokens=99)
@@ -199,6 +207,9 @@ def test_continuous_takes_the_free_place_at_once():
         (["a", "b"], []), (["c"], []), ([], ["b", "c"]), (["d"], []), ([], ["b", "d"]), ([], ["b"]),
     ]  # fmt: skip
     assert all(b.padding == 0 for b in mixed + alone)
+    for asked, reserve, as_in in ((True, "paged", mixed), (False, "max", alone)):  # whatever is the default
+        s = Scheduler("continuous", 99, 4, max_batch=2, max_tokens=99, reserve=reserve, mixed=asked)
+        assert [ids(b) for b in run(s, LENGTHS)] == [ids(b) for b in as_in]
 
 
 def test_chunked_is_sarathis_algorithm_3():
@@ -255,6 +266,8 @@ def test_watermark_leaves_pages_free():
         for i in range(2):
             s.add(Request(i, 0, 16, 4))
         assert len(s.step().prefill) == together
+    s = Scheduler("continuous", 10, 4, max_batch=9, max_tokens=99, reserve="max", watermark=0.3)
+    assert s.add(Request(0, 0, 16, 24)), "who has all it needs from the start needs no pages left free"
 
 
 @pytest.mark.parametrize("reserve, pages", [("max", 5), ("pow2", 4), ("oracle", 3), ("paged", 2)])
@@ -350,6 +363,12 @@ def test_prefixes_are_found_with_token_ids():
     s.check()
     with pytest.raises(ValueError, match=r"^tokens: got .* expected "):
         Scheduler("chunked", 20, 4, 4, 16, reserve="max", tokens=tokens.__getitem__)
+    s = Scheduler("chunked", 20, 4, max_batch=4, max_tokens=16, tokens=tokens.__getitem__)
+    s.add(Request("b", 0, 12, 2))  # one more than there are ids
+    with pytest.raises(ValueError, match=r"^tokens: got 11 of 'b', expected at least 12"):
+        s.step()
+    s.check()
+    assert s.state("b") == "waiting"
 
 
 BAD_REQUESTS = {
@@ -798,6 +817,11 @@ def test_slots_are_drawn_and_counted():
 PLANTED_BUGS = [
     ("labkit/scheduler.py", "        s.rows -= len(batch.preempted)\n", ""),
     ("labkit/scheduler.py", "longest > self.max_len", "longest >= self.max_len"),
+    ("labkit/scheduler.py", "request.prompt_len > self.max_tokens", "request.prompt_len >= self.max_tokens"),
+    ("labkit/scheduler.py", "if not chunks and used and used + run", "if not used and used + run"),
+    ("labkit/scheduler.py", 'reserve != "paged" if mixed is None else mixed', 'reserve != "paged"'),
+    ("labkit/scheduler.py", 'watermark = watermark if reserve == "paged" else 0.0', "pass"),
+    ("labkit/scheduler.py", "expect(len(tokens) == need,", "expect(True,"),
     ("labkit/scheduler.py", "next(iter(self.waiting.values()), None)", "next(reversed(self.waiting.values()), None)"),
     ("labkit/scheduler.py", "return min(most, request.prompt_len + (1", "return max(0, request.prompt_len + (1"),
     ("labkit/scheduler.py", "run.computed = run.room = 0\n        run.preemptions", "run.computed = run.room = run.generated = 0\n        run.preemptions"),

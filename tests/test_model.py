@@ -375,6 +375,10 @@ BAD = {
         edit_config(rope_scaling={n: v for n, v in LLAMA3.items() if n != "factor"} | {"rope_type": "llama3"}),
         ValueError, "factor",
     ),
+    "llama3 without a range": (
+        edit_config(rope_scaling=LLAMA3 | {"rope_type": "llama3", "low_freq_factor": 4.0}), ValueError, "low_freq_factor",
+    ),
+    "interleaved pairs": (edit_config(rope_interleaved=True), ValueError, "rope_interleaved"),
     "activation": (edit_config(hidden_act="gelu"), ValueError, "hidden_act.*gelu"),
     "quantised": (edit_config(quantization_config={"bits": 4}), ValueError, "quantization_config"),
     "window": (edit_config(architectures=["MistralForCausalLM"], sliding_window=16, use_sliding_window=...), ValueError,
@@ -437,6 +441,14 @@ def test_generation_config_has_the_last_word_on_eos(config, beside, want, tmp_pa
     if beside is not None:
         generation(**beside)(tmp_path)
     assert Llama.from_pretrained(tmp_path).config.eos_token_id == want
+
+
+def test_settings_of_a_long_context(tmp_path):
+    """Positions and a rope_theta above a million are no damaged sizes; the type alone says the architecture."""
+    random_model(SMALL).save_pretrained(tmp_path)
+    edit_config(max_position_embeddings=2**22, rope_theta=1e7, architectures=...)(tmp_path)
+    config = Llama.from_pretrained(tmp_path).config
+    assert config == replace(SMALL, max_position_embeddings=2**22, rope_theta=1e7)
 
 
 def test_another_eos_in_the_folder_is_not_saved_over(tmp_path):
