@@ -257,8 +257,8 @@ def test_bad_arguments_are_named(args, name):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_save_and_load(variant, tmp_path):
     model = random_model(VARIANTS[variant])
-    model.save_pretrained(tmp_path)
-    again = Llama.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "new" / "folder")
+    again = Llama.from_pretrained(tmp_path / "new" / "folder")
     assert again.config == model.config
     state = again.state_dict()
     assert state.keys() == model.state_dict().keys()
@@ -412,6 +412,8 @@ BAD = {
     "missing shard": (edit_index(lambda f, m: (f / m[DOWN]).unlink()), OSError, "model-0000.-of-00003.safetensors"),
     "unknown shard": (edit_index(lambda f, m: m.update({DOWN: "other.safetensors"})), OSError, "other.safetensors"),
     "shard elsewhere": (edit_index(lambda f, m: m.update({DOWN: "../other.safetensors"})), ValueError, "index.json: " + DOWN),
+    "shard elsewhere, on Windows": (edit_index(lambda f, m: m.update({DOWN: "..\\other.safetensors"})), ValueError,
+                                    "index.json: " + DOWN),
     "shard cut": (edit_index(lambda f, m: truncate(m[DOWN], -1)(f)), ValueError, "model-0000.-of-00003.safetensors"),
     "not in its shard": (edit_index(lambda f, m: m.update({"model.oops": m[DOWN]})), ValueError, "oops"),
     "not in the index": (edit_index(lambda f, m: m.pop(DOWN)), ValueError, DOWN),
@@ -473,7 +475,13 @@ def test_what_the_layout_cannot_hold_is_not_written(tmp_path):
     narrow = random_model(SMALL)
     narrow.layers[1].mlp.down_proj = torch.nn.Linear(40, 48, bias=False)
     biased = random_model(replace(SMALL, qkv_bias=True))
-    for model, name in ((narrow, "layers.1.mlp.down_proj.weight"), (biased, "qkv_bias")):
+    one_bias = random_model(SMALL)
+    one_bias.layers[1].mlp.up_proj = torch.nn.Linear(48, 80)
+    other = random_model(replace(SMALL, architecture="GPT2LMHeadModel"))
+    for model, name in (
+        (narrow, "layers.1.mlp.down_proj.weight"), (biased, "qkv_bias"), (one_bias, "layers.1.mlp.up_proj.bias"),
+        (other, "^architecture: got GPT2LMHeadModel"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=name):
             model.save_pretrained(tmp_path / "out")
         assert not (tmp_path / "out").exists()
