@@ -84,6 +84,11 @@ def test_sample_has_the_right_distribution():
     assert last == 0, "the second of the two that make 0.9"
 
 
+def test_sample_draws_where_the_logits_lie():
+    settings = (torch.tensor([x, x], dtype=torch.float64, device="meta") for x in (1, 3, 0.9, 0.5))
+    assert sample(torch.zeros(2, 9, device="meta"), *settings).device.type == "meta"
+
+
 def test_draws_depend_on_seed_and_position_only():
     assert uniform(5, 9) == uniform(5, 9)
     numbers = [uniform(seed, position) for seed in range(60) for position in range(60)]
@@ -601,6 +606,11 @@ def test_decode_graphs_pad_and_replay():
     assert len(captured) == len(set(captured))
     assert set(captured) <= {1, 2, 4, 8, 11}
     assert len(captured) > 3
+
+
+def test_decode_graphs_keep_their_inputs_where_they_are_told():
+    graphs = DecodeGraphs(None, 3, 2, "meta")
+    assert {x.device.type for x in (graphs.numbers, graphs.table, graphs.kv_lens)} == {"meta"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, there is none here")

@@ -33,6 +33,10 @@ VARIANTS = {
 }
 
 PLANTED_BUGS = [
+    ("labkit/model.py", "torch.arange(ids.shape[1], device=ids.device)", "torch.arange(ids.shape[1])"),
+    ("labkit/checkpoint.py", "expect(low < high,", "expect(True,"),
+    ("labkit/checkpoint.py", ", most=sys.float_info.max", ""),
+    ("labkit/checkpoint.py", "expect(shapes.keys() == state.keys(),", "expect(True,"),
     ("labkit/model.py", "a * cos - b * sin, b * cos + a * sin", "a * cos + b * sin, b * cos - a * sin"),
     ("labkit/model.py", "x.chunk(2, dim=-1)", "(x[..., ::2], x[..., 1::2])"),
     ("labkit/model.py", "self.eps)).to(x.dtype)", "1e-6)).to(x.dtype)"),
@@ -234,6 +238,12 @@ def test_inv_freq_stays_fp32():
     model = random_model(SMALL).to(torch.bfloat16)
     assert model.inv_freq.dtype == torch.float32
     assert model(random_ids(SMALL, 1, 3)).dtype == torch.bfloat16
+
+
+def test_all_is_made_where_the_model_lies():
+    """Without a GPU, torch's device without memory shows it: it takes no tensor of the CPU."""
+    model = random_model(SMALL).to("meta")
+    assert model(random_ids(SMALL, 2, 5).to("meta")).device.type == "meta"
 
 
 @pytest.mark.parametrize(

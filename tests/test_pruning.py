@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 from dataclasses import dataclass, replace
@@ -20,6 +21,10 @@ from labkit.model import Config, Llama
 
 # (old text, new text) of these files; tests/planted_bugs.py plants them one at a time.
 PLANTED_BUGS = [
+    ("labkit/prune.py", "            hook.remove()", "            pass"),
+    ("labkit/prune.py", "kind(x.in_features, x.weight.device)", "kind(x.in_features)"),
+    ("labkit/llm_pruner.py", "uniform_(-bound, bound, generator=generator)", "uniform_(-bound, bound)"),
+    ("labkit/llm_pruner.py", "fits = q_rows == shared * kv_rows and", "fits ="),
     ("kernels/pruning.py", "places = t.storage_offset(), ", "places = 0, "),
     ("kernels/pruning.py", "^ (12 * EACH)", "^ (3 * EACH)"),
     ("kernels/pruning.py", "(far | (far >> 2)) & (2 * EACH)", "far & (2 * EACH)"),
@@ -504,6 +509,15 @@ def test_prune_is_sequential(method, options):
     for (name, a), b in zip(got.state_dict().items(), want.state_dict().values()):
         assert torch.equal(a == 0, b == 0), name
         torch.testing.assert_close(a, b, msg=name, rtol=1e-3, atol=1e-4)
+    assert not any(module._forward_pre_hooks for module in got.modules()), "nobody listens any more"
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_statistics_lie_where_the_model_does(method):
+    """On torch's device without memory, which takes no tensor of the CPU."""
+    model, x = small_model().to("meta"), torch.zeros(3, 20, 32, device="meta")
+    statistics = pr.watch(model, model.layers[0], [x, x], pr.STATISTICS[method])
+    assert {s.value.device.type for s in statistics.values()} == {"meta"}
 
 
 def test_prune_by_magnitude_needs_no_text():
@@ -721,8 +735,10 @@ def test_llm_pruner_needs_no_gradients_switched_on():
     want = ref.llm_pruner(model, batches, ratio=0.4)
     with torch.no_grad():
         got = ref.llm_pruner(model, batches, ratio=0.4)
-    for a, b in zip(want.parameters(), got.parameters(), strict=True):
+    frozen = ref.llm_pruner(model.requires_grad_(False), batches, ratio=0.4)
+    for a, b, c in zip(want.parameters(), got.parameters(), frozen.parameters(), strict=True):
         assert torch.equal(a, b)
+        assert torch.equal(a, c)
 
 
 def test_random_pruning_is_seeded_and_counts_as_the_official_code():
@@ -737,6 +753,8 @@ def test_random_pruning_is_seeded_and_counts_as_the_official_code():
 
 def test_bad_llm_pruner_is_named():
     model, batches = small_model(layers=3), small_batches()
+    least = ref.llm_pruner(model, [batches[0][:1, :2]], ratio=0.5, layers=[0])  # the least that is not bad
+    assert lp.widths(least) == [[16, 8, 24], [32, 16, 48], [32, 16, 48]]
     for name, given, options in (
         ("ratio", (model, batches), dict(ratio=1.0)), ("ratio", (model, batches), dict(ratio="1")), ("order", (model, batches), dict(order="third")),
         ("batches", (model, None), {}), ("batches", (model, [torch.zeros(3, 1).long()]), {}), ("batches", (model, [torch.zeros(3)]), {}),
@@ -753,11 +771,12 @@ def test_a_narrower_model_is_saved_and_read_back(tmp_path):
     back = lp.load(tmp_path)
     ids = small_batches()[0]
     assert torch.equal(back(ids), pruned(ids))
+    assert back.lm_head.weight is back.embed_tokens.weight
     assert lp.widths(back) == lp.widths(pruned) == [[32, 16, 48], [16, 8, 24], [32, 16, 48]]
     with pytest.raises(ValueError, match=r"layers.1.*shape"):
         Llama.from_pretrained(tmp_path)
     outer = [32, 16, 48]
-    for bad in ([16, 6, 24], [16, 8], [16, 8, "24"], [16, 8, 24.0], [-16, -8, 24], 3):
+    for bad in ([16, 6, 24], [24, 8, 24], [16, 8], [16, 8, "24"], [16, 8, 24.0], [-16, -8, 24], 3):
         (tmp_path / "widths.json").write_text(json.dumps([outer, bad, outer]))
         with pytest.raises(ValueError, match=r"widths.json: widths"):
             lp.load(tmp_path)
@@ -779,8 +798,17 @@ def test_recovery_starts_from_the_pruned_model_and_ends_dense():
     # Merged: the dense model has the loss that the additions had reached.
     assert lp.loss_of(tuned, rows).item() < before - 0.2
     assert abs(lp.loss_of(tuned, rows).item() - losses[-1]) < 0.2
-    with pytest.raises(ValueError, match=r"^rows"):
-        ref.recover(model, rows[0], steps=1)
+    for bad in (rows[0], rows[:0], rows[:, :1]):
+        with pytest.raises(ValueError, match=r"^rows"):
+            ref.recover(model, bad, steps=1)
+
+
+def test_recovery_hangs_on_its_seed_alone():
+    model, rows = small_model(layers=3), small_batches()[0]
+    torch.manual_seed(1)
+    first, again, other = (ref.recover(copy.deepcopy(model), rows, steps=1, seed=s).layers[1].mlp.up_proj.weight for s in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 # ---- the study and the players

@@ -1,3 +1,4 @@
+import copy
 import functools
 
 import pytest
@@ -133,6 +134,12 @@ def test_the_cache_gives_what_the_model_gives():
     torch.testing.assert_close(torch.cat(got), whole)
 
 
+def test_the_cache_lies_where_the_model_does():
+    cache = Cache(copy.deepcopy(tiny()).to("meta"), 9)
+    assert {cache.forward(ids).device.type for ids in ([3, 1, 4], [1])} == {"meta"}
+    assert {pair.device.type for pair in cache.layers} == {"meta"}
+
+
 def test_what_was_truncated_leaves_no_trace():
     tokens = PROMPT + plain()
     cache, fresh = Cache(tiny(), 12), Cache(tiny(), 12)
@@ -193,6 +200,7 @@ def test_bad_arguments():
 
 
 PLANTED_BUGS = [
+    ("labkit/speculative.py", "dtype=like.dtype, device=like.device)", "dtype=like.dtype)"),
     ("labkit/speculative.py", "draft[agreed] == own[agreed]", "draft[agreed] in own"),
     ("labkit/speculative.py", "return list(own[: agreed + 1])", "return list(own[: max(1, agreed)])"),
     ("labkit/speculative.py", "cache.truncate(len(tokens) - 1)", "pass"),

@@ -1,3 +1,4 @@
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -236,7 +237,9 @@ def test_failed_calls_change_nothing():
     for n in (-1, 5, 2.0, True):
         with pytest.raises(ValueError, match=r"^n: got .* expected "):
             cache.evict_for_space(n)
-    assert cache.view()[0].flatten().tolist() == [0, 3, 4, 5, 6]
+    for n in (0, 4):  # the limits: nothing to do, and room for all but the sink
+        cache.evict_for_space(n)
+        assert cache.view()[0].flatten().tolist() == ([0] if n else [0, 3, 4, 5, 6])
 
 
 @pytest.mark.parametrize("sizes, name", [((-1, 4), "num_sinks"), ((1, 0), "window"), ((1.0, 2), "num_sinks"), ((1, True), "window")])
@@ -316,6 +319,13 @@ def test_the_first_steps_equal_dense_attention(num_sinks, window):
     n = num_sinks + window
     torch.testing.assert_close(got[:, :n], dense[:, :n])
     assert (got[:, n] - dense[:, n]).abs().max() > 1e-3
+
+
+def test_a_stream_lies_where_the_model_does():
+    stream = Stream(Llama(CONFIG).to("meta"), 2, 5)
+    for n in (3, 1, 4):  # a prompt, a token, a prompt for which something is evicted
+        assert stream(ids(n).to("meta")).device.type == "meta"
+    assert {cache.k.device.type for cache in stream.caches} == {"meta"}
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
@@ -572,6 +582,35 @@ def test_attention_maps_are_the_models():
 # ---- players and the live cell
 
 
+def test_players_colours_say_what_the_legend_says(monkeypatch):
+    """Two sinks and a window of three: f takes the slot of c, and sits at the last position."""
+    monkeypatch.setattr(ref.player, "Stepper", lambda title, panels, steps, **kwargs: steps)
+    steps = ref.cache_player("a b c d e f g".split(), num_sinks=2, window=3)
+    (words,), ring = steps[5]["words"], steps[5]["ring"]
+    assert words == [
+        ("purple", "a"), ("purple", "b"), ("muted", "c"), ("blue", "d"), ("blue", "e"), ("orange", "f"),
+        ("outline", "g"), None,
+    ]  # fmt: skip
+    strip, positions, numbers = ring
+    assert strip == [("purple", "a"), ("purple", "b"), ("orange", "f"), ("blue", "d"), ("blue", "e")]
+    assert [n for _, n in positions] == list("01423")
+    assert [n for _, n in numbers] == list("01534")
+    assert steps[2]["ring"] == [
+        [("purple", "a"), ("purple", "b"), ("orange", "c"), "outline", "outline"],
+        *2 * [[("", "0"), ("", "1"), ("", "2"), None, None]],
+    ]
+    arguments = ref.traced_problem()
+    *walk, last = ref.walk_player(arguments, trace.watch("kernels.streaming_llm", "_load_rotated", "sink_decoding", arguments)[1])
+    done, at = 0, ref.ring_positions(arguments["seen"], arguments["num_sinks"], arguments["window"])[0].tolist()
+    for step in walk:
+        cells = [cell for row in step["ring"] for cell in row]
+        count = Counter(color for color, _ in cells)
+        assert (count["orange"], count["blue"]) == (32, done)
+        assert all(label == (str(at[slot]) if color != "muted" else "") for slot, (color, label) in enumerate(cells))
+        done += 32
+    assert [cell for row in last["ring"] for cell in row] == [("blue", str(position)) for position in at]
+
+
 def test_players_show_the_run():
     words = "a b c d e f g h i j".split()
     html = ref.cache_player(words, num_sinks=2, window=3).html
@@ -595,6 +634,10 @@ def test_live_cell(seen, held, device):
 
 
 PLANTED_BUGS = [
+    ("labkit/streaming_llm.py", '"blue" if i in held else "muted"', '"blue"'),
+    ("labkit/streaming_llm.py", "positions = [(\"\", str(at[s]))", "positions = [(\"\", str(s))"),
+    ("labkit/streaming_llm.py", '["blue" if color == "orange" else color for color in reading]', "reading"),
+    ("labkit/streaming_llm.py", "torch.zeros(n, dtype=torch.long, device=ids.device)", "torch.zeros(n, dtype=torch.long)"),
     ("kernels/streaming_llm.py", "tl.where(seen > num_sinks + window, (seen", "tl.where(seen > num_sinks, (seen"),
     ("kernels/streaming_llm.py", "(seen - num_sinks) % window, 0)", "seen % window, 0)"),
     ("kernels/streaming_llm.py", "    place -= tl.where(place >= window, window, 0)\n", ""),
