@@ -61,6 +61,7 @@ PLANTED_BUGS = [
     ("labkit/fuse.py", "shape(w) != shape(x)[-1:] or w.meta", "w.meta"),
     ("labkit/fuse.py", ' or w.meta["dtype"] != x.meta["dtype"]:', ":"),
     ("labkit/fuse.py", "        if not same:\n", "        if False:\n"),
+    ("labkit/fuse.py", "if self.order()[w] > self.order()[s]:", "if False:"),
     ("labkit/fuse.py", "torch.cat(values)", "torch.cat(values[::-1])"),
     ("labkit/fuse.py", "some.new_zeros", "some.new_ones"),
     ("labkit/fx_graph.py", 'view.target = "reshape"', "pass"),
@@ -513,6 +514,20 @@ def test_weights_of_another_dtype():
     fused = fuse(module, (normal(2, WIDTH, dtype=BF16),))
     assert rules(fused) == {}
     assert any("the weight is not one row in the input's dtype" in reason for reason in fused.report.left)
+
+
+def test_a_weight_that_is_computed_after_the_sum():
+    """As Gemma's 1 + w: the norm is one kernel, the sum before it stays, since the weight is not yet known there."""
+
+    def function(m, x, y):
+        total = x + y
+        return total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + EPS) * (1 + m.w), total
+
+    module, inputs = initialised(Module(function, w=WIDTH)), (normal(2, WIDTH), normal(2, WIDTH, seed=2))
+    fused = fuse(module, inputs)
+    assert rules(fused) == {"rmsnorm": 1}
+    assert any("the weight is computed after the add" in reason for reason in fused.report.left)
+    assert_same(fused, module, *inputs)
 
 
 def turned(x, cos, sin, sign):

@@ -257,6 +257,21 @@ def test_pages_are_found_only_once_they_are_published():
     pool.check()
 
 
+def test_what_is_forgotten_is_not_found():
+    """Who holds the pages goes on; a prompt that comes later is computed, and found in its turn."""
+    pool = BlockPool(12, 4)
+    pool.allocate("a", range(9))
+    pool.forget_prefixes()
+    assert pool.cached_pages == set()
+    pool.check()
+    assert pool.allocate("b", range(9)) == 0
+    for token in range(9, 13):
+        pool.append("a", token)  # a third page is full, after two that nobody finds
+    pool.free("a")
+    pool.check()
+    assert pool.allocate("c", range(13)) == 12
+
+
 def test_without_prefix_caching_nothing_is_found():
     pool = BlockPool(8, 4, prefix_caching=False)
     pool.allocate("a", range(8))
@@ -798,6 +813,48 @@ def test_players_show_what_ran():
     assert "token state 9" in text
 
 
+def test_pool_players_words_lie_where_its_tables_say(monkeypatch):
+    """Frame by frame: what a sequence reads through its table, who holds a page, and what was just written."""
+    monkeypatch.setattr(ref.player, "Stepper", lambda title, panels, steps, **kwargs: steps)
+    prompt = "Four score and seven years ago our fathers".split()
+    a, b, c = [*prompt, "brought", "forth"], [*prompt, "brought", "into"], [*prompt, "brought"]
+    frames = [  # how many words of A, B and C, which are new; C's first four are found
+        (7, 0, 0, prompt[:7]), (8, 0, 0, ["fathers"]), (9, 0, 0, ["brought"]), (9, 9, 0, []), (10, 9, 0, ["forth"]),
+        (10, 10, 0, ["into"]), (0, 10, 0, []), (0, 0, 0, []), (0, 0, 8, prompt[4:]), (0, 0, 9, ["brought"]),
+    ]  # fmt: skip
+    for (*lengths, new), step in zip(frames, ref.pool_player(), strict=True):
+        memory, *held = step["memory"], *(step["tables"][name] for name in "ABC")
+        tables = [[int(n) for n in re.findall(r"\d+", table)] for table in held]
+        for text, length, table in zip((a, b, c), lengths, tables):
+            words = [word for page in table for _, word in memory[page]]
+            assert words[:length] == text[:length]
+            assert len(table) == -(-length // 4)
+        assert [word for row in memory for color, word in row if color == "orange"] == new
+        holders = Counter(page for table in tables for page in table)
+        for page, row in enumerate(memory):
+            free = "sky" if page < 2 else "muted"  # the first two are full when their last holder goes
+            assert {color for color, _ in row} <= {"orange", (free, "blue", "purple")[holders[page]]}
+
+
+def test_walk_players_colours(monkeypatch):
+    monkeypatch.setattr(ref.player, "Stepper", lambda title, panels, steps, **kwargs: steps)
+    inputs = ref.traced_problem()
+    (o, _), walk = trace.watch("kernels.paged_attention", "attend_tile", "paged_decoding", inputs | {"num_splits": 2})
+    read, table = set(), inputs["block_table"][0].tolist()
+    mine = {page * 16 + i for place, page in enumerate(table) for i in range(min(16, 90 - 16 * place))}
+    *steps, last = ref.walk_player(inputs, o, walk)
+    for step in [*steps, last]:
+        colors = dict(enumerate(color for row in step["pages"] for color in row))
+        now = {slot for slot, color in colors.items() if color == "orange"}
+        assert {page for color, page in step["table"]["page"] if color} == {str(slot // 16) for slot in now}
+        assert not now & read
+        assert {slot for slot, color in colors.items() if color == "blue"} == read
+        assert {slot for slot, color in colors.items() if color == "sky"} == mine - read - now
+        assert f"reads {len(now)} keys" in step["text"] or step is last
+        read |= now
+    assert read == mine
+
+
 def test_walk_player_shows_the_kernels_run():
     inputs = ref.traced_problem()
     (o, _), walk = trace.watch("kernels.paged_attention", "attend_tile", "paged_decoding", inputs | {"num_splits": 2})
@@ -837,6 +894,12 @@ PLANTED_BUGS = [
     ("labkit/block_pool.py", "self.num_free - self.reserve", "self.num_free"),
     ("labkit/block_pool.py", "        if publish:\n", "        if True:\n"),
     ("labkit/block_pool.py", "pages.append(self._page_of[digest])", "pages.insert(0, self._page_of[digest])"),
+    ("labkit/block_pool.py", "        self._hash_of.clear()\n", ""),
+    ("labkit/paged_attention.py", '"blue" if refs == 1 else "purple"', '"blue"'),
+    ("labkit/paged_attention.py", 'memory.get(src * page_size + i, "") for', '"" for'),
+    ("labkit/paged_attention.py", '    pool.free("A")\n', ""),
+    ("labkit/paged_attention.py", '"sky" if slot in mine else "muted"', '"sky"'),
+    ("labkit/paged_attention.py", '"orange" if page in pages else ""', '"orange"'),
     ("kernels/paged_attention.py", "key < tl.where((page >= 0)", "key < key + tl.where((page >= 0)"),
     ("kernels/paged_attention.py", "(page >= 0) & (page < num_pages)", "page < num_pages"),
     ("kernels/paged_attention.py", "(page >= 0) & (page < num_pages)", "page >= 0"),
