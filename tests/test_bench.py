@@ -168,6 +168,19 @@ def test_only_a_peer_may_leave_outputs_out(topic, monkeypatch):
     assert rows["double"].verdict == "not run: AssertionError: 1 outputs, the reference has 2"
 
 
+def test_one_wrong_output_is_enough():
+    """The first output may be off by much, since the reference is; the second is off by less, and wrong."""
+
+    def two(x):
+        return x if x.dtype == torch.float64 else x + 0.5, x
+
+    x = torch.zeros(3)
+    for second, word in ((x, "ok: error 0.9,"), (x + 0.1, "wrong: error 0.1,")):
+        error, verdict = bench.judge((x + 0.9, second), two, {"x": x})
+        assert error == pytest.approx(0.9)
+        assert verdict.startswith(word)
+
+
 def test_out_of_memory_is_a_reason(topic):
     def too_large(generator, device):
         raise torch.OutOfMemoryError("tried to allocate 5 TiB")

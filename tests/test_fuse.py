@@ -62,6 +62,7 @@ PLANTED_BUGS = [
     ("labkit/fuse.py", ' or w.meta["dtype"] != x.meta["dtype"]:', ":"),
     ("labkit/fuse.py", "        if not same:\n", "        if False:\n"),
     ("labkit/fuse.py", "if self.order()[w] > self.order()[s]:", "if False:"),
+    ("labkit/fx_graph.py", "if row.node in step.removed]", "]"),
     ("labkit/fuse.py", "torch.cat(values)", "torch.cat(values[::-1])"),
     ("labkit/fuse.py", "some.new_zeros", "some.new_ones"),
     ("labkit/fx_graph.py", 'view.target = "reshape"', "pass"),
@@ -956,6 +957,11 @@ def test_states_lead_from_before_to_after():
     states = report.states()
     assert states[0][1] == report.before
     assert states[-1][1] == report.after
+    assert [rule for rule, _ in states] == ["as traced", *(step.rule for step in report.steps)]
+    what = [row.what for row in states[-2][1]]  # what is new stands where the old ones were
+    assert what == (
+        "rmsnorm linear linear linear rope scaled_dot_product_attention linear add_rmsnorm linear swiglu linear add"
+    ).split()
     launches = [report.total(rows)[0] for _, rows in states]
     assert launches == sorted(launches, reverse=True)
     final = {row.node: row for row in report.after}

@@ -12,6 +12,7 @@ from labkit.rules import changed
 from labkit.trials import CHANGED, TRIALS, Log, Trial, bench_case, measure, ruled_out
 
 PLANTED_BUGS = [
+    ("labkit/trials.py", 'if trial.gain else "ruled out"', 'if not trial.gain else "ruled out"'),
     ("labkit/rules.py", "return chosen | values", "return chosen"),
     ("labkit/rules.py", "undo.callback(setattr, module, function, rule)", "pass"),
     ("labkit/rules.py", "set(values) - set(chosen)", "set(values) - set(values)"),
@@ -149,6 +150,7 @@ def test_outcomes(us, outcome, tally):
     assert log.outcome(TRIALS[0].name) == outcome
     assert tuple(log.tally().values()) == tally
     assert not log.stale
+    assert log.lines("flash_decoding")[1][2] == "0.95\N{EN DASH}1.10"
     assert outcome in log._repr_html_()
     assert outcome in repr(log)
 
@@ -166,6 +168,7 @@ def test_outcomes(us, outcome, tally):
 def test_what_the_compiler_rules_out(gain, facts, outcome):
     log = log_of(replace(TRIALS[0], gain=gain), (10.0, 9.0), facts if "error" in facts else FACTS | facts)
     assert log.outcome(TRIALS[0].name) == outcome
+    assert log.lines("flash_decoding")[1][2] == ("0.90\N{EN DASH}1.10" if gain else "ruled out")
 
 
 def test_what_the_change_did_to_the_kernel():
