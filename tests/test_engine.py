@@ -370,6 +370,20 @@ def test_a_burst_shares_what_one_step_computes():
     assert engine.batch.prefill == [(3, 16, 2)], "the prompt of a text that ended at once is still there"
 
 
+def test_who_leaves_halfway_leaves_only_what_was_computed():
+    """6 of 20 tokens of a prompt are computed: of its pages the next one with that prompt finds the first."""
+    engine, prompt = Engine(tiny(), num_pages=16, page_size=4, max_tokens=6), tuple(range(20))
+    engine.add(prompt, 3)
+    engine.step()
+    engine.cancel(0)
+    again = engine.add(prompt, 3)
+    engine.step()
+    assert engine.batch.prefill == [(again, 4, 6)]
+    while not engine.is_over(again):
+        engine.step()
+    assert engine.output(again) == alone(prompt, 3)
+
+
 def test_longer_than_the_model_is_refused():
     engine = Engine(tiny(max_position_embeddings=32), num_pages=99)
     before = state(engine)
@@ -377,6 +391,10 @@ def test_longer_than_the_model_is_refused():
         engine.add(range(20), 13)
     assert state(engine) == before
     engine.add(range(20), 12)
+    shorter = Engine(tiny(), num_pages=99, max_len=24)
+    with pytest.raises(ValueError, match=r"^prompt_ids, max_new_tokens: got 20 tokens and 5 to come.* max_len 24"):
+        shorter.add(range(20), 5)
+    shorter.add(range(20), 4)
 
 
 def test_dynamic_waits_for_company():
@@ -812,6 +830,8 @@ PLANTED_BUGS = [
     ("labkit/engine.py", "job.seed = id if job.seed is None", "job.seed = 0 if job.seed is None"),
     ("labkit/scheduler.py", "[*self._last.decode, *(id for id, _, _ in self._last.prefill)]", "self._last.decode"),
     ("labkit/scheduler.py", "self.pool.publish(run.id, run.computed)", "pass"),
+    ("labkit/scheduler.py", "allocate(run.id, tokens, publish=False)", "allocate(run.id, tokens)"),
+    ("labkit/engine.py", "max_tokens, max_len=max_len,", "max_tokens,"),
     ("labkit/engine.py", "self.scheduler.stop(id)", "pass"),
     ("labkit/engine.py", "for job, length in zip(jobs, lengths):\n            self._request(-1, job, length)", "pass"),
     ("labkit/engine.py", "        finally:\n            self._drop([id])", "        finally:\n            pass"),
