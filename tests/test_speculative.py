@@ -195,8 +195,9 @@ def test_lookup_looks_at_no_more_than_the_longest():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="prompt"):
         generate(tiny(), [], 3)
-    with pytest.raises(ValueError, match="max_new_tokens, k"):
-        generate(tiny(), PROMPT, 0)
+    for length, k in ((0, 4), (3, -1)):
+        with pytest.raises(ValueError, match="max_new_tokens, k"):
+            generate(tiny(), PROMPT, length, k=k)
 
 
 PLANTED_BUGS = [
