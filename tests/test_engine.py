@@ -634,12 +634,11 @@ def test_decode_graphs_keep_their_inputs_where_they_are_told():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, there is none here")
 def test_decode_graphs_on_a_gpu():
     model = tiny(torch.float32).to("cuda")
-    with_graphs, without = (
-        Engine(model, num_pages=64, ops=ops, max_len=64, cuda_graphs=on).generate(PROMPTS * 4, max_new_tokens=20)
-        for on in (True, False)
-    )
-    model.to("cpu")
-    assert with_graphs == without
+    settings = dict(max_len=64, cuda_graphs=True), dict(cuda_graphs=False), {}
+    engines = [Engine(model, num_pages=64, ops=ops, **options) for options in settings]
+    assert [engine._graphs is not None for engine in engines] == [True, False, True], "a GPU has graphs by default"
+    with_graphs, without, default = (engine.generate(PROMPTS * 4, max_new_tokens=20) for engine in engines)
+    assert with_graphs == without == default
 
 
 CASES = [
