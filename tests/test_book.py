@@ -225,6 +225,7 @@ def test_every_page_in_a_browser(book, pages):
                         assert not beyond, f"{name}: text leaves its cell, {width} px: {beyond[:5]}"
                 players = tab.query_selector_all(".lab-player")
                 assert len(players) == len(soup.select(".lab-player"))
+                assert len(tab.query_selector_all(".lab-player .lab-wide")) == len(soup.select(".lab-player .lab-wide"))
                 wrong = [problem for player in players for problem in operate(tab, player)]
                 assert not wrong, f"{name}: {wrong}"
 

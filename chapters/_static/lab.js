@@ -8,7 +8,7 @@ document.addEventListener("DOMContentLoaded", () => {
   const look = (box) => {
     const hidden = box.scrollWidth - box.clientWidth;
     if (hidden > 1) box.tabIndex = 0;
-    box.classList.toggle("lab-wide", hidden > 1);
+    box.classList.toggle("lab-scrolls", hidden > 1);
     box.classList.toggle("lab-more", hidden - box.scrollLeft > 4 && !box.querySelector("figcaption"));
   };
   document.querySelectorAll(wide).forEach((box) => {
