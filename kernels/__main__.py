@@ -251,7 +251,7 @@ def table() -> int:
     made = what_runs.compile_table(cases, run)
     what_runs.save(made)
     shown = what_runs.Table(made)
-    print(shown, *shown.notes(), sep="\n")
+    print(shown, shown.notes(), sep="\n")
     return 0
 
 

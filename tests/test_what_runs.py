@@ -17,7 +17,7 @@ def test_every_kernel_that_is_compiled_stands_in_it_once():
 
     declared = {function.partition(":")[2] for function in what_runs.representatives(topics("codegen_cases"))}
     names = [function.partition(":")[2] for function in FUNCTIONS]
-    assert sorted(names) == sorted(declared)
+    assert sorted(names) == sorted(declared), "`make table` compiles what is missing and writes the page"
     assert tuple(TABLE["targets"]) == what_runs.TARGETS
     assert all(tuple(row["targets"]) == what_runs.TARGETS for row in TABLE["rows"])
 
@@ -68,6 +68,20 @@ def test_a_cell(change, expected):
     assert "Compiled 2026-01-01 UTC, commit abc" in shown._repr_html_()
     notes = repr(shown.notes())
     assert notes == "".join(f"m: f | sm_80 A100, sm_90 H200 | {problem}" for problem in result["problems"])
+
+
+def test_the_command_prints_what_it_wrote(monkeypatch, capsys):
+    from kernels import __main__ as program
+
+    monkeypatch.setattr(program, "verdicts", dict)
+    monkeypatch.setattr(what_runs, "run_script", lambda *_: "{}")
+    monkeypatch.setattr(what_runs, "compile_table", lambda cases, run: TABLE)
+    saved = []
+    monkeypatch.setattr(what_runs, "save", saved.append)
+    assert program.table() == 0
+    assert saved == [TABLE]
+    shown = what_runs.Table(TABLE)
+    assert capsys.readouterr().out == f"{shown}\n{shown.notes()}\n"
 
 
 def test_functions_stand_under_their_file():
