@@ -1,11 +1,13 @@
 """The notebooks' tools: write from a draft, run in a fresh kernel, lint, test. `python -m labkit.notebooks` lists them.
 
 A draft is Markdown. A fence ```{code-cell} opens a code cell, tags follow on the same line; `+++` alone on a line
-starts a new Markdown cell. `new` turns a draft into a notebook, `draft` turns a notebook back into a draft.
+starts a new Markdown cell. `new` turns a draft into a notebook, `draft` turns a notebook back into a draft. Of a cell
+tagged `exercise` a draft needs only `exercises.<name>`: `new` puts the stub there.
 """
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -104,6 +106,17 @@ def to_draft(notebook):
             parts.append(("+++\n\n" if previous == "markdown" else "") + cell.source)
         previous = cell.cell_type
     return "\n\n".join(parts) + "\n"
+
+
+def with_stubs(notebook, topic):
+    """The notebook, its cells tagged `exercise` as labkit/exercises/<topic>.py has them. Changes it and returns it."""
+    for cell in notebook.cells:
+        if "exercise" in cell.metadata.get("tags", []):
+            name = re.search(r"^exercises\.(\w+)", cell.source, re.MULTILINE)
+            if not name:
+                raise ValueError(f"exercise: got {cell.source!r}, expected a line that begins with exercises.<name>")
+            cell.source = getattr(importlib.import_module(f"labkit.exercises.{topic}"), name[1]).cell
+    return tidy(notebook, new_ids=True)
 
 
 # ---- canonical form
@@ -320,7 +333,10 @@ def nbval(paths, pytest_args):
             print(f"nbval: skips the cells tagged pinned-text, {other_text}", flush=True)
             paths = [without_pinned_text(path, folder) for path in paths]
         env = {**os.environ, **ENV, "PYTHONPATH": with_root()}
-        return subprocess.run([*command, *map(str, paths)], env=env).returncode
+        code = subprocess.run([*command, *map(str, paths)], env=env).returncode
+    if code:
+        print("Where the new output is the right one: python -m labkit.notebooks run <notebook>", flush=True)
+    return code
 
 
 # ---- command line
@@ -341,9 +357,12 @@ def main(argv=None):
         command.add_argument("target", type=Path)
     args = parser.parse_args(argv)
     if args.command == "new":
-        write(from_draft(args.source.read_text(encoding="utf-8")), args.target)
+        notebook = from_draft(args.source.read_text(encoding="utf-8"))
+        write(with_stubs(notebook, args.target.stem.lstrip("0123456789_")), args.target)
     elif args.command == "draft":
         args.target.write_text(to_draft(read(args.source)), encoding="utf-8")
+    if args.command == "run":
+        from labkit import summary
     failed = 0
     paths = (args.files or sorted(CHAPTERS.glob("*.ipynb"))) if "files" in args else []
     if args.command == "test":
@@ -353,7 +372,8 @@ def main(argv=None):
             write(tidy(read(path)), path)
         if args.command == "run":
             try:
-                print(f"{path.name}: {run(path):.0f} s", flush=True)
+                seconds = run(path)
+                print(f"{path.name}: {seconds:.0f} s, about {summary.minutes(path):.0f} minutes to read", flush=True)
             except CellExecutionError as error:
                 print(f"{path.name}: {error}")
                 failed = 1

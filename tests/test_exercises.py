@@ -64,10 +64,10 @@ def test_no_case_is_idle(ex):
 def test_notebook_has_the_stub_and_the_solution(topic):
     """The chapter's cells tagged `exercise` are the stubs with their check, each with its solution behind a fold."""
     paths = [path for path in CHAPTERS.glob(f"*{topic}.ipynb") if path.stem.lstrip("0123456789_") == topic]
-    assert paths, f"no chapter {topic}"
+    assert paths, f"labkit/exercises/{topic}.py without a chapters/*{topic}.ipynb"
     code = [cell for cell in read(paths[0]).cells if cell.cell_type == "code"]
     cells = [cell.source for cell in code if "exercise" in cell.metadata.get("tags", [])]
-    assert cells == [f"{e.stub}\n\n\nexercises.{e.name}.check({e.name})" for e in exercises(topic)]
+    assert cells == [e.cell for e in exercises(topic)], f"{paths[0].name}: `labkit.notebooks draft`, then `new`, fills them in"
     folded = [cell.source for cell in code if "hide-cell" in cell.metadata.get("tags", [])]
     assert [f"exercises.{e.name}.solution" for e in exercises(topic)] == [s for s in folded if s.endswith(".solution")]
     assert all(cell.count("\n") < MAX_LINES for cell in cells)

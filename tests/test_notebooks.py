@@ -71,6 +71,20 @@ def test_draft_round_trip():
         notebooks.from_draft("```{code-cell}\nx = 1\n")
 
 
+def test_new_fills_in_the_stubs(tmp_path):
+    """From the name alone, and where an old stub stands."""
+    from labkit.exercises import gqa
+
+    old = gqa.pool.cell.replace("the mean of", "")
+    (tmp_path / "draft.md").write_text(f"```{{code-cell}} exercise\nexercises.pool\n```\n\n```{{code-cell}} exercise\n{old}\n```\n")
+    path = tmp_path / "07_gqa.ipynb"
+    notebooks.main(["new", str(tmp_path / "draft.md"), str(path)])
+    assert [c.source for c in notebooks.read(path).cells] == [gqa.pool.cell] * 2
+    (tmp_path / "draft.md").write_text("```{code-cell} exercise\npool\n```\n")
+    with pytest.raises(ValueError, match="got 'pool', expected a line that begins with exercises"):
+        notebooks.main(["new", str(tmp_path / "draft.md"), str(path)])
+
+
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
     """The sample notebook, executed, while another labkit lies on the path."""

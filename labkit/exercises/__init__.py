@@ -15,14 +15,18 @@ An exercise is its solution: a function in `labkit/exercises/<topic>.py` between
         expect(fn(...), ..., "o")
 
     merge_two.check(fn)   in the notebook: runs the cases on the reader's function, prints what passes and a hint
-    merge_two.stub        the notebook's cell: the source with the marked part taken out
+    merge_two.stub        the source with the marked part taken out
+    merge_two.cell        the notebook's cell: the stub and its check
     merge_two.solution    the whole source, for the fold
 
 Each bug is an edit of the solution's text. tests/test_exercises.py proves that the stub fails politely, the solution
 passes, and every bug is caught, and that the notebook's cell is the stub.
 
 `kernel_exercise` is the same for a Triton kernel. Its cases launch it: fn[grid](...). They run it as kernels run here,
-and then once more as compiled code, which shows what the interpreter can't: accesses out of bounds, and races.
+and then once more as compiled code, which shows what the interpreter can't: accesses out of bounds, and races. A bug
+that only compiled code shows has the word "compiled" in its third text; it is left out where none can be run. In the
+interpreter a store out of bounds may end the process, tests and notebook with it: give the output room behind its end,
+filled with NaN, and let the case look that it is still there.
 """
 
 import importlib
@@ -69,6 +73,11 @@ class Exercise:
         after = rest.split(STOP)[1]
         indent = before[before.rfind("\n") + 1 :]
         return f"{before}{START}\n{indent}raise NotImplementedError\n{indent}{STOP}{after}"
+
+    @property
+    def cell(self):
+        """The notebook's cell: the stub, and the call that checks it."""
+        return f"{self.stub}\n\n\nexercises.{self.name}.check({self.name})"
 
     @property
     def solution(self):
