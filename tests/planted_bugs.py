@@ -48,12 +48,12 @@ def fails(test_file: Path, bug: tuple[str, str, str] | None = None) -> bool:
 
 
 def main(topics: list[str]) -> int:
-    survivors = 0
-    for test_file in sorted((ROOT / "tests").glob("test_*.py")):
-        if topics and test_file.stem.removeprefix("test_") not in topics:
-            continue
-        bugs = planted_bugs(test_file)
-        if bugs and fails(test_file):
+    survivors, tables = 0, {path: planted_bugs(path) for path in sorted((ROOT / "tests").glob("test_*.py"))}
+    tables = {path.stem.removeprefix("test_"): (path, bugs) for path, bugs in tables.items() if bugs}
+    if unknown := set(topics) - set(tables):
+        raise SystemExit(f"{', '.join(unknown)}: no PLANTED_BUGS; there are some of {', '.join(tables)}")
+    for test_file, bugs in (tables[topic] for topic in topics or tables):
+        if fails(test_file):
             raise SystemExit(f"{test_file.name} fails as it is: mend that first")
         for file, old, new in bugs:
             caught = fails(test_file, (file, old, new))

@@ -68,8 +68,10 @@ def test_kernels_keep_the_rules(path):
 def test_topics_stand_in_every_room():
     for chapter in (ROOT / "chapters").glob("[0-9][0-9]_*.ipynb"):
         topic = chapter.stem[3:]
-        for room in (f"labkit/{topic}.py", f"tests/test_{topic}.py", f"labkit/exercises/{topic}.py"):
+        rooms = (f"kernels/{topic}.py", f"labkit/{topic}.py", f"tests/test_{topic}.py", f"labkit/exercises/{topic}.py")
+        for room in rooms:
             assert (ROOT / room).exists(), f"{chapter.name} without {room}"
+        assert planted_bugs(ROOT / f"tests/test_{topic}.py"), f"tests/test_{topic}.py without PLANTED_BUGS"
 
 
 def run(code: str, **env) -> str:
@@ -113,5 +115,6 @@ def test_pins_agree_with_the_supported_ranges():
 def test_planted_bugs_apply(test_file):
     """The text that a planted bug changes stands in its file exactly once: a table does not rot between two runs."""
     for file, old, new in planted_bugs(test_file):
-        assert (ROOT / file).read_text().count(old) == 1, (file, old)
+        count = (ROOT / file).read_text().count(old)
+        assert count == 1, f"PLANTED_BUGS: the old text stands {count} times in {file}, expected once: {old!r}"
         assert old != new

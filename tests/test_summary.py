@@ -132,12 +132,17 @@ def test_the_cards_of_the_first_page_say_what_the_chapters_say():
     text = (ROOT / "chapters" / "intro.md").read_text(encoding="utf-8")
     config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
     recaps = config["sphinx"]["config"]["html_context"]["recaps"]
+    for number, (file, title) in CHAPTERS.items():
+        assert file in recaps, f"_config.yml: recaps has no sentence for {file}"
+        start = f":::{{grid-item-card}} {number} {title}\n:link: {file}\n:link-type: doc\n\n{recaps[file]}\n+++\n"
+        assert start in text, f"chapters/intro.md lacks this card:\n{start}<how many> minutes\n:::"
     card = r"{grid-item-card} (\d+) (.*)\n:link: (.*)\n:link-type: doc\n\n(.*)\n\+\+\+\n(\d+) minutes\n:::"
     cards = [(int(number), title, file, recap) for number, title, file, recap, _ in re.findall(card, text)]
     assert cards == [(number, title, file, recaps[file]) for number, (file, title) in CHAPTERS.items()]
     for *_, file, _, said in re.findall(card, text):
         path = ROOT / "chapters" / f"{file}.ipynb"
-        assert f"Time: about {said} minutes" in path.read_text(encoding="utf-8"), file
+        start = f"Time: about {said} minutes"
+        assert start in path.read_text(encoding="utf-8"), f"{file}: no {start!r}, as chapters/intro.md has it"
         assert abs(summary.minutes(path) - int(said)) < 20, f"{file}: about {summary.minutes(path):.0f} minutes"
 
 

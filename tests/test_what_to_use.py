@@ -23,7 +23,7 @@ PLANTED_BUGS = [
 
 def test_a_line_for_every_chapter():
     for lines in (what_to_use.ROWS, what_to_use.OPTIONS):
-        assert list(lines) == list(CHAPTERS)
+        assert list(lines) == list(CHAPTERS), "labkit/what_to_use.py: ROWS and OPTIONS have a line for each of CHAPTERS"
     assert all(len(texts) == len(what_to_use.SYSTEMS) for texts in what_to_use.OPTIONS.values())
     assert all(len(texts) == len(what_to_use.HEAD) - 1 and all(texts) for texts in what_to_use.ROWS.values())
     assert len(what_to_use.DRAFT_OPTIONS) == len(what_to_use.SYSTEMS)
