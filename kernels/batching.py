@@ -164,8 +164,7 @@ def ragged_attention(q, k_pages, v_pages, block_table, q_starts, kv_lens, *, num
         return o
     num_tokens, group, page_size = len(q), num_q_heads // num_kv_heads, k_pages.shape[1]
     only_decodes, max_kv_len = num_tokens <= batch, max_pages * page_size
-    # Exact fp32 products are made without the matrix unit and need many registers: at most 16 heads a tile.
-    tiles = tiles_per_group(group, 16 if q.dtype == torch.float32 else group)
+    tiles = tiles_per_group(q.dtype, head_dim, group)
     group //= tiles
     config = ragged_config(q.dtype, head_dim, group, only_decodes)
     # No tile count is needed from the device: partial tiles are at most one a sequence.

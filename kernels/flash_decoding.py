@@ -247,14 +247,13 @@ def split_config(dtype: torch.dtype, head_dim: int, group: int) -> dict:
     return dict(BLOCK_D=block_d, BLOCK_H=block_h, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)
 
 
-def tiles_per_group(group: int, most: int) -> int:
-    """Into how many tiles of equally many heads a group is cut, so that none has more than `most`."""
+def tiles_per_group(dtype: torch.dtype, head_dim: int, group: int, most: int = 128) -> int:
+    """Into how many tiles of equally many heads, `most` or fewer, a group is cut, so that nothing spills.
+
+    Exact fp32 products are made without the matrix unit and leave registers for 16 heads, wide heads for 32.
+    """
+    most = 16 if dtype == torch.float32 else min(most, 32) if head_dim > 128 else most
     return next(t for t in range(1, group + 1) if group % t == 0 and group // t <= most)
-
-
-def most_heads(head_dim: int, group: int) -> int:
-    """Heads of a group in one tile: wide heads leave registers for 32 of them."""
-    return 32 if head_dim > 128 else group
 
 
 def merge_config(head_dim: int) -> dict:
@@ -344,7 +343,7 @@ def flash_decoding(q, k, v, kv_lens, *, num_splits=None, sm_scale=None, one_laun
         return o, lse
     num_splits = splits_or_default(num_splits, batch * num_kv_heads, max_kv_len, head_dim)
     group = num_q_heads // num_kv_heads
-    tiles = tiles_per_group(group, most_heads(head_dim, group))
+    tiles = tiles_per_group(q.dtype, head_dim, group)
     group //= tiles
     config = split_config(q.dtype, head_dim, group) | {"TILES": tiles}
     inputs = (q, *q.stride(), k, *k.stride(), v, *v.stride(), kv_lens.contiguous())

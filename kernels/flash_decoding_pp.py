@@ -276,9 +276,10 @@ def unified_decoding(
     low, high = args.EXP_LIMITS[torch.float16]
     p_fp32 = q.dtype == torch.float16 and not synchronised and (bound_a < low or bound_b > high)
     group = num_q_heads // num_kv_heads
-    tiles = tiles_per_group(group, 32)
+    dtype = torch.float32 if p_fp32 else q.dtype
+    tiles = tiles_per_group(dtype, head_dim, group, most=32)
     group //= tiles
-    config = unified_config(torch.float32 if p_fp32 else q.dtype, head_dim, group) | {"TILES": tiles}
+    config = unified_config(dtype, head_dim, group) | {"TILES": tiles}
     options = dict(HEAD_DIM=head_dim, P_FP32=p_fp32, SYNCHRONISED=synchronised, ONE_SPLIT=num_splits == 1)
     inputs = (q, *q.stride(), k, *k.stride(), v, *v.stride(), kv_lens.contiguous())
     sizes = (max_kv_len, num_splits, group, positive_scale(sm_scale, head_dim), float(phi), bound_a, bound_b)

@@ -17,8 +17,8 @@ def gqa_decoding(q, k, v, kv_lens, *, num_splits=None, sm_scale=None, heads=None
     q [B, Hq, D]; k, v [B, L, Hkv, D], Hq a multiple of Hkv, any strides; fp16, bf16 or fp32; D up to 256.
     kv_lens [B] int32 on q's device: sequence b reads keys [0, kv_lens[b]). num_splits None leaves it to
     `labkit.splits.choose`; sm_scale > 0 defaults to D ** -0.5. heads must divide the group Hq / Hkv: every key and
-    value is loaded group / heads times. None is `flash_decoding`, which loads them once (groups over 64, and wide
-    heads, in a few tiles).
+    value is loaded group / heads times. None is `flash_decoding`, which loads them once (a large group in a few tiles,
+    in fp32 or where heads are wide).
 
     Returns o [B, Hq, D] in q.dtype and lse [B, Hq] fp32 (natural log); a sequence without keys gives 0 and -inf.
     Raises ValueError naming the argument. Source: Ainslie et al. 2023 for the model; FlashAttention-2's packing of the

@@ -163,8 +163,7 @@ def paged_decoding(
     if num_splits is None:
         num_splits = splits.offered(even, max_kv_len, 4 * o.numel())
     group = num_q_heads // num_kv_heads
-    # Exact fp32 products are made without the matrix unit and need many registers: at most 16 heads a tile.
-    tiles = tiles_per_group(group, 16 if q.dtype == torch.float32 else group)
+    tiles = tiles_per_group(q.dtype, head_dim, group)
     group //= tiles
     outputs, merge_splits = split_outputs(o, lse, num_splits, num_splits > even)
     _paged_split_kernel[(num_splits, num_kv_heads * tiles, batch)](

@@ -328,8 +328,8 @@ def wanda_mask(w, x_norm, *, sparsity=None, n=None, m=None):
         return keep
     args.expect(m <= MAX_M, "m", m, f"at most {MAX_M}")
     block_m = next_power_of_2(m)
-    groups = max(1, 256 // block_m)
-    _nm_mask_kernel[(cdiv(rows, 8), cdiv(k // m, groups))](
-        *inputs, rows, k // m, m - n, M=m, BLOCK_M=block_m, BLOCK_N=8, GROUPS=groups, num_warps=4,
+    groups, block_n = 256 // block_m, min(8, 64 // block_m)  # 128 comparisons a thread at most: more would spill
+    _nm_mask_kernel[(cdiv(rows, block_n), cdiv(k // m, groups))](
+        *inputs, rows, k // m, m - n, M=m, BLOCK_M=block_m, BLOCK_N=block_n, GROUPS=groups, num_warps=4,
     )  # fmt: skip
     return keep

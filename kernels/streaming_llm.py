@@ -12,7 +12,6 @@ import triton.language as tl
 from kernels._tile import block_dim, cast, device_properties, dot, finish, qk_scale, softmax_step, splits_or_default
 from kernels.flash_decoding import (  # flash_decoding: timed beside sink_decoding, under this topic's name
     flash_decoding,  # noqa: F401
-    most_heads,
     split_config,
     split_outputs,
     store_split,
@@ -131,7 +130,7 @@ def sink_config(dtype: torch.dtype, head_dim: int, group: int) -> dict:
     config = split_config(dtype, head_dim, group)
     block_d = config["BLOCK_D"]
     if dtype == torch.float32:  # exact fp32 products are made without the matrix unit and need many registers
-        config["BLOCK_N"] = 32 if block_d <= 128 and config["BLOCK_H"] * block_d <= 64 * 64 else 16
+        config["BLOCK_N"] = 32 if block_d <= 64 else 16
     else:
         room = device_properties()["max_shared_mem"] // 2  # two programs an SM
         key_bytes = 2 * block_d * dtype.itemsize + block_d * 4
@@ -164,7 +163,7 @@ def sink_decoding(
         return o, lse
     num_splits = splits_or_default(num_splits, batch * num_kv_heads, num_sinks + window, head_dim)
     group = num_q_heads // num_kv_heads
-    tiles = tiles_per_group(group, most_heads(head_dim, group))
+    tiles = tiles_per_group(q.dtype, head_dim, group)
     group //= tiles
     outputs, merge_splits = split_outputs(o, lse, num_splits)
     _sink_split_kernel[(num_splits, num_kv_heads * tiles, batch)](

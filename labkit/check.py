@@ -153,6 +153,7 @@ DECODE_CASES = (
     DecodeCase("head_dim 32, small model", (100, 3), head_dim=32, num_q_heads=8, num_kv_heads=8, dtype=F32),
     DecodeCase("group 64", (131,), num_q_heads=64, num_kv_heads=1, dtype=F16, num_splits=2),
     DecodeCase("group 48 of wide heads", (70, 33), num_q_heads=48, num_kv_heads=1, head_dim=160, dtype=BF16),
+    DecodeCase("group 24 in fp32", (70, 33), num_q_heads=24, num_kv_heads=1, dtype=F32, num_splits=2),
     DecodeCase("group 6, not a power of two", (150, 77), num_q_heads=12, dtype=BF16, num_splits=2),
     DecodeCase("strided fp32", (66, 129), strided=True, dtype=F32, num_splits=2),
     DecodeCase("strided bf16", (129, 0), strided=True, dtype=BF16, num_splits=3, head_dim=128),

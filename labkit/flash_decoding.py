@@ -283,7 +283,8 @@ CORNERS = (
 
 
 def codegen_cases() -> list[codegen.Case]:
-    """Llama-3-8B in two launches and in one; then nine corners: every pair of head_dim, group and dtype meets once."""
+    """Llama-3-8B in two launches and in one; a group that fp32 cuts into tiles; then nine corners: every pair of
+    head_dim, group and dtype meets once."""
 
     def case(head_dim, group, dtype, **options):
         kv = codegen.Tensor((1, 4096, 1, head_dim), dtype)
@@ -297,5 +298,7 @@ def codegen_cases() -> list[codegen.Case]:
     return [
         case(128, 4, "bfloat16"),
         case(128, 4, "bfloat16", one_launch=True),
+        case(80, 64, "float32"),
+        case(80, 64, "float32", one_launch=True),
         *(case(*corner, **options) for *corner, options in CORNERS),
     ]

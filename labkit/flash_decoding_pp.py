@@ -451,6 +451,7 @@ def codegen_cases():
         decode("bf16, head_dim 128, group 64", group=64),
         decode("bf16, head_dim 256, group 64", head_dim=256, group=64),
         decode("fp32, head_dim 128, group 8", "float32"),
+        decode("fp32, head_dim 160, group 64", "float32", 160, 64),
         linear("gemv", 1, 4096, 4096),
         linear("gemv", 4, 11008, 4096, "float16"),
         linear("flat_gemm", 8, 4096, 4096, pad=8),

@@ -40,9 +40,9 @@ def codegen_cases():
         matrix = () if m == 1 and dtype == "float32" else ("_matmul_24_kernel",)
         return codegen.Case("kernels.pruning:matmul_24", f"{dtype}, M={m} [{n}, {k}]", tensors, matrix=matrix)
 
-    def mask(name, rows, k, dtype="bfloat16", **options):
-        tensors = dict(w=tensor((rows, k), dtype), x_norm=tensor((k,), "float32"))
-        return codegen.Case("kernels.pruning:wanda_mask", f"{dtype} [{rows}, {k}], {name}", tensors | options)
+    def mask(name, rows, k, dtype="bfloat16", narrow=(), **options):
+        arguments = dict(w=tensor((rows, k), dtype), x_norm=tensor((k,), "float32")) | options
+        return codegen.Case("kernels.pruning:wanda_mask", f"{dtype} [{rows}, {k}], {name}", arguments, narrow=narrow)
 
     return [
         product(1, 4096, 4096),
@@ -53,6 +53,7 @@ def codegen_cases():
         product(8, 4096, 4096, "float32"),
         mask("2 of 4", 4096, 4096, n=2, m=4),
         mask("4 of 8", 4096, 4096, "float16", n=4, m=8),
+        mask("16 of 32", 4096, 4096, n=16, m=32, narrow=("_nm_mask_kernel",)),
         mask("rows", 4096, 4096, sparsity=0.5),
         mask("rows", 64, 14336, sparsity=0.5),
     ]

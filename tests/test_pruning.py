@@ -172,6 +172,7 @@ def mask_case(*shape, dtype=F32, strided=False, **options):
     mask_case(2, 128, sparsity=1.0), mask_case(2, 130, sparsity=1.0), mask_case(2, 128, sparsity=0.0), mask_case(1, 1, sparsity=0.5),
     mask_case(3, 100, sparsity=0.5, strided=True), mask_case(0, 8, sparsity=0.5), mask_case(2, 0, sparsity=0.5),
     mask_case(5, 512, n=2, m=4, dtype=BF16), mask_case(9, 264, n=4, m=8), mask_case(4, 260, n=1, m=4, dtype=F16),
+    mask_case(5, 320, n=16, m=32), mask_case(9, 130, n=7, m=13, dtype=BF16),
     mask_case(3, 63, n=2, m=3), mask_case(2, 10, n=5, m=5), mask_case(2, 4, n=1, m=1), mask_case(5, 100, n=3, m=4, strided=True),
 ], ids=str)  # fmt: skip
 def test_wanda_mask_kernel(case, device, monkeypatch):
