@@ -926,6 +926,7 @@ void define_all() {
     DEFINE("mul.hi.u64", u64, u64, u64, u64((unsigned __int128)a * b >> 64))
     DEFINE("div.full.f32", f32, f32, f32, divide(a, b))
     DEFINE("rsqrt.approx.ftz.f32", f32, f32, f32, off_by(0x1p-23f, f32(1 / std::sqrt(double(flush(a)))), bits<u32>(a)))
+    DEFINE("sqrt.approx.ftz.f32", f32, f32, f32, off_by(0x1p-23f, f32(std::sqrt(double(flush(a)))), bits<u32>(a)))
     DEFINE("ex2.approx.ftz.f32", f32, f32, f32, ex2(a))
     DEFINE("ex2.approx.f32", f32, f32, f32, ex2_with_subnormals(a))
     DEFINE("lg2.approx.ftz.f32", f32, f32, f32, lg2(a))

@@ -173,7 +173,7 @@ def test_floats(name):
 @pytest.mark.parametrize(
     ("name", "function", "error"),
     [("ex2.approx.ftz.f32", torch.exp2, 2.0**-22), ("ex2.approx.f32", torch.exp2, 2.0**-22), ("rsqrt.approx.ftz.f32", torch.rsqrt, 2.0**-22),
-     ("lg2.approx.ftz.f32", torch.log2, 2.0**-22)],
+     ("lg2.approx.ftz.f32", torch.log2, 2.0**-22), ("sqrt.approx.ftz.f32", torch.sqrt, 2.0**-22)],
 )  # fmt: skip
 def test_approximations_are_off_by_what_they_may(name, function, error):
     """Within the error of the PTX ISA, and not always the rounded result: a kernel must not count on that."""
