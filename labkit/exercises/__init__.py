@@ -23,10 +23,9 @@ Each bug is an edit of the solution's text. tests/test_exercises.py proves that 
 passes, and every bug is caught, and that the notebook's cell is the stub.
 
 `kernel_exercise` is the same for a Triton kernel. Its cases launch it: fn[grid](...). They run it as kernels run here,
-and then once more as compiled code, which shows what the interpreter can't: accesses out of bounds, and races. A bug
-that only compiled code shows has the word "compiled" in its third text; it is left out where none can be run. In the
-interpreter a store out of bounds may end the process, tests and notebook with it: give the output room behind its end,
-filled with NaN, and let the case look that it is still there.
+and then once more as compiled code, which shows what the interpreter can't: reads out of bounds, and races. A bug that
+only compiled code shows has the word "compiled" in its third text; it is left out where none can be run. A write out of
+bounds is found by both: the tensors of a kernel lie between fences.
 """
 
 import importlib
@@ -35,6 +34,7 @@ import json
 import linecache
 import math
 import textwrap
+import traceback
 
 from labkit import ptx, trace
 from labkit.show import Source
@@ -89,15 +89,26 @@ class Exercise:
         """{case: message} of the cases that fail; empty when all pass."""
         found = {}
         for title, run in self.cases.items():
+            called = [""]
             try:
-                run(fn)
+                run(self._watched(fn, called))
             except NotImplementedError:
                 found[title] = "not written yet"
             except AssertionError as error:
-                found[title] = str(error) or "wrong"
+                found[title] = (str(error) or "wrong") + called[-1]
             except Exception as error:  # whatever the reader's code raises belongs into the report
-                found[title] = f"{type(error).__name__}: {error}"
+                found[title] = _raised(error, fn) + called[-1]
         return found
+
+    def _watched(self, fn, called):
+        """fn, which notes in the list `called` with what it is called, if that is short."""
+
+        def watched(*args):
+            values = ", ".join(repr(x) for x in args if not callable(x))
+            called.append(f"; called with {values}" if len(values) < 100 and "\n" not in values else "")
+            return fn(*args)
+
+        return watched
 
     def check(self, fn):
         """Run the cases on the reader's `fn` and print the outcome."""
@@ -106,7 +117,7 @@ class Exercise:
             waiting = "1 case is" if len(self.cases) == 1 else f"{len(self.cases)} cases are"
             print(f"{self.name}: not written yet. {waiting} waiting.")
         elif not found:
-            print(f"{self.name}: all {len(self.cases)} cases pass.")
+            print(f"{self.name}: {'its case passes' if len(self.cases) == 1 else f'all {len(self.cases)} cases pass'}.")
             return
         else:
             for title in self.cases:
@@ -125,6 +136,61 @@ class Exercise:
         namespace = dict(vars(inspect.getmodule(self.fn)))
         exec(compile(source, f"<{self.name}>", "exec"), namespace)
         return namespace[self.name]
+
+
+def _raised(error, fn) -> str:
+    """An exception in words, with the line of the reader's code that it came from."""
+    while type(error).__name__ == "InterpreterError" and error.__cause__:  # Triton's interpreter wraps the real one
+        error = error.__cause__
+    code = getattr(getattr(fn, "fn", fn), "__code__", None)
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.line for frame in frames if code and frame.filename == code.co_filename and frame.line]
+    return f"{type(error).__name__}: {error}" + (f", in the line `{lines[-1]}`" if lines else "")
+
+
+class _Fenced:
+    """A kernel whose tensors lie between fences, where a stray write can be seen and does no harm.
+
+    In the interpreter it would spoil the memory of this very process.
+    """
+
+    SIZE = 1 << 16  # bytes on either side
+
+    def __init__(self, kernel):
+        self.kernel, self.fn = kernel, getattr(kernel, "fn", kernel)
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self._launch(grid, args, options)
+
+    def _launch(self, grid, args, options):
+        arguments = dict(zip(inspect.signature(self.fn).parameters, args, strict=False)) | options
+        tensors = {name: x for name, x in arguments.items() if hasattr(x, "as_strided") and x.numel()}
+        fences = {name: _Fence(x, number) for number, (name, x) in enumerate(tensors.items())}
+        self.kernel[grid](**arguments | {name: fence.inside for name, fence in fences.items()})
+        for name, fence in fences.items():
+            stray = fence.taken_down()
+            assert not stray, f"numbers outside of {name.removesuffix('_ptr')} were written: {stray}"
+
+
+class _Fence:
+    """`inside`: the tensor x again, in a larger piece of memory; `number` makes what stands around it its own."""
+
+    def __init__(self, x, number):
+        import torch
+
+        bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+        nan = torch.tensor([math.nan], dtype=x.dtype).view(bits).item() + 1 if x.is_floating_point() else -99
+        size = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+        posts = torch.full((_Fenced.SIZE // x.element_size(),), nan + number, dtype=bits, device=x.device)
+        self.own, self.posts = x.as_strided((size,), (1,)), posts
+        self.room = torch.cat([posts, self.own.view(bits), posts])
+        self.inside = self.room.view(x.dtype).as_strided(x.shape, x.stride(), len(posts))
+
+    def taken_down(self) -> int:
+        """Copies what was written into x back; returns how many numbers were written around it."""
+        first, last = len(self.posts), len(self.posts) + len(self.own)
+        self.own.copy_(self.room[first:last].view(self.own.dtype))
+        return int((self.room[:first] != self.posts).sum() + (self.room[last:] != self.posts).sum())
 
 
 class KernelExercise(Exercise):
@@ -162,12 +228,15 @@ class KernelExercise(Exercise):
         script += f"from {self.fn.__module__} import {self.name} as exercise\n"
         script += f"print(json.dumps(exercise.failures({self.name})))"
         printed = run_script(script, "ptx")
+        unknown = ("ValueError: PTX, line", "ValueError: an instruction that is not known")  # no fault of the reader's
         try:
             found = json.loads(printed.splitlines()[-1])
-            unknown = "ValueError: PTX, line"  # the engine lacks an instruction: no fault of the reader's
             return {title: why for title, why in found.items() if not why.startswith(unknown)}
         except (ValueError, IndexError):  # not even the launch: the last line of the error
             return dict.fromkeys(self.cases, printed)
+
+    def _watched(self, fn, called):
+        return _Fenced(fn)
 
     def compiled(self, source):
         """The kernel that `source` defines. Triton reads a kernel's text: the module linecache lends it a file."""
@@ -215,7 +284,9 @@ def expect(got, want, what="result", *, atol=1e-5, rtol=1e-5):
             )
     elif isinstance(want, (tuple, list)):
         assert isinstance(got, (tuple, list)), f"{what}: got {type(got).__name__}, expected {len(want)} values"
-        assert len(got) == len(want), f"{what}: got {len(got)} values, expected {len(want)}"
+        values = f": {got} instead of {want}"
+        values = values if len(values) < 100 and "\n" not in values else ""
+        assert len(got) == len(want), f"{what}: got {len(got)} values, expected {len(want)}{values}"
         for i, (a, b) in enumerate(zip(got, want, strict=True)):
             expect(a, b, f"{what}[{i}]", atol=atol, rtol=rtol)
     elif isinstance(want, float):
