@@ -239,7 +239,7 @@ def _(fn):
     ],
     bugs=[
         ("k_ptr + at, mask=mask[:, None], other=0.0", "k_ptr + at", "K has no mask: only compiled code tells"),
-        ("v_ptr + at, mask=mask[:, None], other=0.0", "v_ptr + at", "V has no mask: only compiled code tells"),
+        ("v_ptr + at, mask=mask[:, None], other=0.0", "v_ptr + at", "V has no mask"),
         ("v_ptr + at, mask=mask[:, None], other=0.0", "v_ptr + at, mask=mask[:, None]",
          "a masked row of V holds anything, and 0 times anything may be NaN"),
         ('tl.where(mask, tl.sum(q[None, :] * k, 1), float("-inf"))', "tl.sum(q[None, :] * k, 1)", "masked keys count"),
