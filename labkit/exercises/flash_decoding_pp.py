@@ -20,6 +20,7 @@ from labkit.exercises import device, exercise, expect, kernel_exercise
         ("e = scores - phi", "e = scores", "the scores themselves are compared: the paper's other (a, b)"),
         (" & keep", "", "masked keys trip the bounds"),
         (".any(-1)", ".all(-1)", "every key has to trip"),
+        (".any(-1)", ".sum(-1)", "a count of keys instead of a bool"),
     ],
 )
 def rows_to_recompute(scores, keep, phi, a, b):
@@ -38,7 +39,9 @@ def rows_to_recompute(scores, keep, phi, a, b):
 def _trips(fn, scores, keep=None, phi=6.0, a=-3.0, b=3.0):
     scores = torch.tensor(scores)
     keep = torch.ones_like(scores, dtype=torch.bool) if keep is None else torch.tensor(keep)
-    return fn(scores, keep, phi, a, b).tolist()
+    trips = fn(scores, keep, phi, a, b)
+    expect(getattr(trips, "dtype", type(trips)), torch.bool, "the dtype of trips")
+    return trips.tolist()
 
 
 @rows_to_recompute.case("Figure 6: x stays, y is done again")
@@ -66,6 +69,7 @@ def _(fn):
     bugs=[
         ("scores[cut:], v[cut:]", "scores[:cut], v[:cut]", "the first part twice, as printed in Figure 6"),
         ("torch.exp(s - phi)", "torch.exp(s - s.max())", "every part uses its own maximum"),
+        ("torch.exp(s - phi)", "torch.exp(s)", "phi is forgotten: large scores overflow"),
         ("num += p @ values", "num += p @ values / p.sum()", "the parts are divided before they are added"),
         ("den += p.sum()", "den = p.sum()", "only the last part's denominator"),
     ],
@@ -101,6 +105,7 @@ def _(fn):
     scores, v = _problem()
     for phi, cut in ((-4.0, 1), (9.0, 11), (0.0, 5)):
         expect(fn(scores, v, phi, cut), scores.softmax(0) @ v, f"output for phi {phi:g}, cut {cut}")
+    expect(fn(scores + 200, v, 200.0, 5), scores.softmax(0) @ v, "output for scores around 200, phi 200", atol=1e-4)
 
 
 @exercise(
@@ -161,6 +166,7 @@ def _(fn):
         ("us_c[m] < us_b[m]", "us_c[m] < us_a[m]", "C is compared with A"),
         ("m >= m1 and", "", "the second search begins at 1"),
         ("m1 = min(", "m1 = max(", "the last crossing, not the first"),
+        ("m1 = min(", "m1 = next(", "the first in the order of the dict, not of M"),
     ],
 )
 def switch_points(us_a, us_b, us_c):
@@ -194,8 +200,10 @@ def _(fn):
 
 @switch_points.case("B wins, loses and wins again: the first crossing counts")
 def _(fn):
-    found = fn(_times(5, 9, 9, 17, 33), _times(8, 8, 11, 8, 16), _times(20, 20, 12, 12, 12))
-    expect(tuple(found), (2, 16), "(M1, M2)")
+    times = _times(5, 9, 9, 17, 33), _times(8, 8, 11, 8, 16), _times(20, 20, 12, 12, 12)
+    expect(tuple(fn(*times)), (2, 16), "(M1, M2)")
+    backwards = [dict(reversed(us.items())) for us in times]
+    expect(tuple(fn(*backwards)), (2, 16), "(M1, M2) of the same times, largest M first")
 
 
 @kernel_exercise(
@@ -207,7 +215,9 @@ def _(fn):
     bugs=[
         ("tl.atomic_add(arrived_ptr, 1) ==", "s ==",
          "the program with the last number need not be the last to arrive: only compiled code tells"),
-        ("mask=keep[:, None], other=0.0", "", "reads past the last value: only compiled code tells"),
+        ("mask=keep[:, None], other=0.0", "", "reads past the last value"),
+        ("    tl.debug_barrier()\n    if", "    if",
+         "counted in before all warps have stored: only compiled code tells"),
         ("== tl.num_programs(0) - 1", ">= 0", "every program adds up and writes o: only compiled code tells"),
         ('mask=keep, other=float("-inf")', "mask=keep, other=0.0", "keys beyond kv_len count in den"),
         ("tl.exp2(x - phi)", "tl.exp2(x - tl.max(x, 0))", "every split uses its own maximum"),
@@ -243,8 +253,8 @@ def add_splits(
     # <<< your code
 
 
-def _add_splits(fn, kv_len, phi):
-    dim, block = 128, 16  # so many numbers that every warp stores some
+def _add_splits(fn, kv_len, phi, block=16):
+    dim = 128  # so many numbers that every warp stores some
     generator = torch.Generator().manual_seed(kv_len)
     scores, v = 3 * torch.randn(kv_len, generator=generator), torch.randn(kv_len, dim, generator=generator)
     want = scores.softmax(0) @ v
@@ -267,6 +277,7 @@ def _(fn):
     _add_splits(fn, 50, 1.0)
 
 
-@add_splits.case("a single split")
+@add_splits.case("a single split, and splits of a single key")
 def _(fn):
     _add_splits(fn, 7, 0.0)
+    _add_splits(fn, 5, 0.0, block=1)  # here no barrier of the compiler's own stands before the atomic
