@@ -170,6 +170,7 @@ def _(fn):
         ("inside - outputs", "inside", "outputs are not allowed outside users"),
         ("users[node] - inside", "users[node]", "users inside count as well"),
         ("inside - outputs", "outputs - inside", "looks at the wrong nodes"),
+        ("inside - outputs", "set(users) - outputs", "counts nodes that the pattern leaves where they are"),
     ],
 )
 def missed(users, inside, outputs):
@@ -200,6 +201,7 @@ def _(fn):
 @missed.case("unless the kernel writes it")
 def _(fn):
     expect(fn(USERS | {"mean": {"rsqrt", "loss"}}, set(USERS), {"y", "mean"}), set(), "nodes")
+    expect(fn(USERS | {"x": {"square", "residual"}}, set(USERS), {"y"}), set(), "nodes, x being outside")
 
 
 @kernel_exercise(
@@ -210,7 +212,7 @@ def _(fn):
     ],
     bugs=[
         ("tl.store(y_ptr + at, s * rstd * w, mask=mask)", "tl.store(y_ptr + at, s * rstd * w)",
-         "writes into the next row, whose program writes there too: only compiled code tells"),
+         "writes into the next row, whose program writes there too, and behind the last one"),
         ("r = tl.load(r_ptr + at, mask=mask, other=0.0)", "r = tl.load(r_ptr + at)", "the next row counts as well"),
         ("s = x.to(tl.float32) + r", "s = x + r", "sums and squares in fp16"),
         ("/ n + eps", "/ BLOCK + eps", "the mean over the tile, not over the row"),
