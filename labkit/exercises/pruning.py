@@ -23,6 +23,13 @@ def _normal(seed, *shape):
         ("int(rows.shape[1] * sparsity)", "int(w.shape[1] * sparsity)", "counts a row even for the layer"),
         ("keep.scatter_(1, gone, False)", "keep.scatter_(1, gone, True)", "removes nothing"),
         ("rows = w.abs() if", "rows = w if", "forgets the sign"),
+        ("int(rows.shape[1] * sparsity)", "round(rows.shape[1] * sparsity)", "rounds up where n * sparsity is 1.75"),
+        (
+            "rows.argsort(dim=-1, stable=True)[:, : int(rows.shape[1] * sparsity)]",
+            "rows.topk(int(rows.shape[1] * sparsity), largest=False).indices",
+            "any of equal ones goes",
+        ),
+        ("torch.ones_like(rows, dtype=torch.bool)", "torch.ones_like(rows)", "numbers instead of bools"),
     ],
 )
 def magnitude(w, sparsity, per_row):
@@ -45,7 +52,9 @@ def _(fn):
     w = _normal(0, 6, 10)
     for per_row in (True, False):
         want = masks.magnitude_mask(w, 0.5, per="row" if per_row else "layer")
-        expect(fn(w, 0.5, per_row), want, f"per_row {per_row}")
+        got = fn(w, 0.5, per_row)
+        expect(got, want, f"per_row {per_row}")
+        expect(got.dtype, torch.bool, "the dtype of the mask")
 
 
 @magnitude.case("one row is ten times as small: the layer empties it, the row does not")
@@ -58,6 +67,8 @@ def _(fn):
 
 @magnitude.case("ties, and a share that does not come out even")
 def _(fn):
+    expect(fn(torch.ones(2, 5), 0.35, True).tolist(), [[False, True, True, True, True]] * 2, "kept at 0.35")
+    expect(fn(torch.ones(1, 99), 0.5, False).tolist(), [[False] * 49 + [True] * 50], "kept of 99 equal ones")
     expect(fn(torch.ones(2, 5), 0.5, True).tolist(), [[False, False, True, True, True]] * 2, "kept")
 
 
@@ -125,6 +136,7 @@ def official_arguments(n, m):
 
 def _zeros(prunen, prunem):
     """Weights a group that the official loop sets to zero: topk(prunen, largest=False) of every prunem columns."""
+    assert 0 <= prunen <= prunem, f"got prunen {prunen}, prunem {prunem}: it would remove {prunen} of {prunem}"
     w = _normal(4, 3, 24).abs()
     return [len(group.topk(prunen, largest=False).indices) for group in w[0].split(prunem)]
 
