@@ -26,6 +26,7 @@ def _logits(seed, *shape):
         ("(t / temperature).log_softmax(-1)", "t.log_softmax(-1)", "the teacher's temperature is forgotten"),
         ("(logp.exp() * (logp - logq))", "(logq.exp() * (logq - logp))", "the reverse KL"),
         (".sum(-1).mean()", ".mean()", "divides by the vocabulary too"),
+        ("(z / temperature).log_softmax(-1)", "(z / temperature).softmax(-1).log()", "-inf for unlikely tokens"),
     ],
 )
 def soft_loss(z, t, temperature):
@@ -45,6 +46,7 @@ def soft_loss(z, t, temperature):
 def _(fn):
     z, t = _logits(0, 4, 9)
     expect(fn(z, t, 1.0), kd_loss(z, t), "loss")
+    expect(fn(1000 * z, 1000 * t, 1.0), kd_loss(1000 * z, 1000 * t), "loss of logits in the thousands")
 
 
 @soft_loss.case("temperatures 2 and 5")
