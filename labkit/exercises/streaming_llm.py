@@ -18,6 +18,16 @@ from labkit.model import rotate as turn
         ("i < num_sinks", "i <= num_sinks", "one sink too many"),
         ("i < num_sinks or ", "", "no sinks: window attention"),
         ("for i in range(seen)", "for i in range(seen - 1)", "the current token does not see itself"),
+        (
+            "[i for i in range(seen) if i < num_sinks or i >= seen - window]",
+            "[*range(min(seen, num_sinks)), *range(max(0, seen - window), seen)]",
+            "a sink in the window counts twice",
+        ),
+        (
+            "[i for i in range(seen) if i < num_sinks or i >= seen - window]",
+            "[*range(num_sinks), *range(max(num_sinks, seen - window), seen)]",
+            "sinks that have not come yet",
+        ),
     ],
 )
 def visible(seen, num_sinks, window):
@@ -39,6 +49,8 @@ def _(fn):
 
 @visible.case("nothing has to go yet, and then the first one does")
 def _(fn):
+    expect(fn(1, 2, 3), [0], "tokens of 1 seen")
+    expect(fn(4, 2, 3), [0, 1, 2, 3], "tokens of 4 seen")
     expect(fn(5, 2, 3), [0, 1, 2, 3, 4], "tokens")
     expect(fn(6, 2, 3), [0, 1, 3, 4, 5], "tokens")
 
