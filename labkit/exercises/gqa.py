@@ -63,7 +63,9 @@ def _(fn):
     x, w = _randn(1, 2, 9, 16), [_randn(seed, 2, 8, 16).repeat_interleave(2, 0).flatten(0, 1) for seed in (2, 3)]
     q, lens = _randn(4, 2, 4, 8), torch.tensor([9, 5], dtype=torch.int32)
     want = decode_attention(q, *((x @ one.T).unflatten(-1, (4, 8)) for one in w), lens)
-    few = [(x @ fn(one, 2, 8).T).unflatten(-1, (2, 8)) for one in w]
+    pooled = [fn(one, 2, 8) for one in w]
+    expect([tuple(one.shape) for one in pooled], [(16, 16), (16, 16)], "shapes of the pooled weights")
+    few = [(x @ one.T).unflatten(-1, (2, 8)) for one in pooled]
     expect(decode_attention(q, *few, lens), want, "(o, lse)")
 
 
@@ -168,6 +170,7 @@ def _(fn):
         "Repeating reads K and V once, writes them group times, and then all of that is read.",
     ],
     bugs=[
+        ("2 * batch * kv_len", "2 * kv_len", "one sequence only"),
         ("2 * batch", "batch", "V is forgotten"),
         ('"expanded": group', '"expanded": num_q_heads', "as if there were one KV head"),
         ("1 + 2 * group", "1 + group", "the copies are written but not read"),
@@ -192,6 +195,7 @@ def moved_bytes(how, batch, kv_len, num_q_heads, num_kv_heads, head_dim):
 @moved_bytes.case("one program a KV head of Llama-3-8B, 8,192 keys")
 def _(fn):
     expect(fn("grouped", 1, 8192, 32, 8, 128), 33_554_432, "bytes")
+    expect(fn("grouped", 3, 8192, 32, 8, 128), 3 * 33_554_432, "bytes of three sequences")
 
 
 @moved_bytes.case("one program a query head: four times as much")
