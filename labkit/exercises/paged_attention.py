@@ -89,7 +89,12 @@ def make_room(table, num_tokens, page_size, refs, take):
 def _room(fn, table, num_tokens, refs, free):
     """(copies, table, refs, what is left of free) after the call, with pages of 4."""
     table, refs, free = list(table), dict(refs), list(free)
-    copies = fn(table, num_tokens, 4, refs, lambda: free.pop(0))
+
+    def take():
+        assert free, f"a page was taken for token {num_tokens} of table {table}, and none is needed"
+        return free.pop(0)
+
+    copies = fn(table, num_tokens, 4, refs, take)
     return copies, table, refs, free
 
 
@@ -141,6 +146,13 @@ def _published(tokens, page_size):
         ("(len(tokens) - 1) // page_size", "len(tokens) // page_size", "the last token is not computed"),
         ("digest(last, tokens", 'digest("", tokens', "the page is found after any beginning"),
         ("break", "continue", "goes on after a page that is missing"),
+        (
+            "last = digest(last, tokens[page * page_size : (page + 1) * page_size])\n        if last not in cached:\n"
+            "            break\n",
+            "page = digest(last, tokens[page * page_size : (page + 1) * page_size])\n        if page not in cached:\n"
+            "            continue\n        last = page\n",
+            "steps over a page that is missing",
+        ),
         ("cached_tokens += page_size", "cached_tokens += 1", "counts pages, not tokens"),
     ],
 )
@@ -179,6 +191,7 @@ def _(fn):
 def _(fn):
     known = set(_published([5, 6, 7, 8, 0, 0, 0, 0], 4))
     expect(fn([5, 6, 7, 8, 5, 6, 7, 8, 1], 4, known, _digest), 4, "cached tokens")
+    expect(fn([5, 6, 7, 8, 9, 9, 9, 9, 0, 0, 0, 0, 1], 4, known, _digest), 4, "cached tokens, a new page between")
 
 
 @cached_prefix.case("the first page was evicted")
