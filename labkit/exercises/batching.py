@@ -141,6 +141,7 @@ def _(fn):
         ("-(-(prompt_len + max_new_tokens)", "-(-(prompt_len + output_len)", "reserves what it cannot know"),
         ("-(-(prompt_len + max_new_tokens) // page_size)", "((prompt_len + max_new_tokens) // page_size)", "floor"),
         ("prompt_len + output_len // 2", "prompt_len + output_len", "counts the end, not the middle"),
+        ("prompt_len + output_len // 2", "prompt_len + output_len / 2", "half a token takes a page"),
     ],
 )
 def concurrent(num_pages, page_size, prompt_len, max_new_tokens, output_len):
@@ -165,6 +166,7 @@ def _(fn):
 @concurrent.case("sizes that do not fill their last page")
 def _(fn):
     expect(fn(10, 4, 3, 2, 2), (5, 10), "(reserved, paged)")
+    expect(fn(10, 4, 3, 3, 3), (5, 10), "(reserved, paged) for an odd output_len")
 
 
 @exercise(
