@@ -55,8 +55,14 @@ def _(fn):
     ],
     bugs=[
         ("if reached >= top_p:", "if reached + p[i] > top_p:", "drops the token that crosses"),
+        ("if reached >= top_p:", "if reached > top_p:", "one too many where top_p is just reached"),
         ("key=lambda i: -p[i]", "key=lambda i: p[i]", "the least likely first"),
         ("reached += p[i]", "reached += 1 / len(p)", "counts tokens, not probability"),
+        (
+            "for i in sorted(range(len(p)), key=lambda i: -p[i]):\n        if reached >= top_p:\n            break\n",
+            "while reached < top_p:\n        i = sorted(range(len(p)), key=lambda i: -p[i])[len(kept)]\n",
+            "looks for more tokens than there are when rounding keeps the sum below top_p",
+        ),
     ],
 )
 def nucleus(p, top_p):
@@ -78,11 +84,13 @@ def nucleus(p, top_p):
 @nucleus.case("the token that crosses stays")
 def _(fn):
     expect(fn([0.125, 0.5, 0.0625, 0.3125], 0.75), {1, 3}, "tokens")
+    expect(fn([0.125, 0.5, 0.0625, 0.3125], 0.8125), {1, 3}, "tokens that just reach 0.8125")
 
 
 @nucleus.case("one that is likelier than top_p is alone")
 def _(fn):
     expect(fn([0.1, 0.7, 0.2], 0.3), {1}, "tokens")
+    expect(fn([0.1, 0.7, 0.2], 1.0), {0, 1, 2}, "tokens at top_p 1, though 0.7 + 0.2 + 0.1 is a little less in floats")
 
 
 @nucleus.case("the engine draws from the same set")
@@ -110,9 +118,9 @@ def _(fn):
 def pad_for_graph(sizes, slots, kv_lens):
     """Fit a decode step into a recorded CUDA graph.
 
-    sizes: batch sizes that were recorded. slots, kv_lens: of the step's sequences, as `write_kv`
-    and `paged_decoding` take them. Returns (slots, kv_lens) with rows added at the end up to the
-    smallest size that holds them all.
+    sizes: batch sizes that were recorded. slots, kv_lens: lists with a number for each of the
+    step's sequences, which mean what `write_kv` and `paged_decoding` read in them. Returns (slots,
+    kv_lens) with rows added at the end up to the smallest size that holds them all.
     """
     # >>> your code
     extra = min(n for n in sizes if n >= len(slots)) - len(slots)
@@ -158,6 +166,7 @@ def _(fn):
         ("if byte >= 0xC0:", "if byte >= 0x80:", "takes every byte of a character for its beginning"),
         ("if length > back:", "if length >= back:", "holds back a character that is complete"),
         ("range(1, 4)", "range(1, 2)", "looks at the last byte only"),
+        ("byte < 0xE0", "byte <= 0xE0", "0xE0 begins three bytes"),
     ],
 )
 def bytes_to_send(data):
@@ -190,12 +199,13 @@ def _(fn):
 
 @bytes_to_send.case("half of an umlaut waits, a whole one goes")
 def _(fn):
-    expect([fn(b"gr\xc3"), fn(b"gr\xc3\xbc")], [2, 4], "counts")
+    expect(fn(b"gr\xc3"), 2, "count")
+    expect(fn(b"gr\xc3\xbc"), 4, "count")
 
 
 @bytes_to_send.case("every beginning of a text with characters of all lengths")
 def _(fn):
-    text = "a\u00e9\u20ac\U0001f600b"
+    text = "a\u00e9\u07ff\u0800\u20ac\U0001f600b"  # first bytes: 61 C3 DF E0 E2 F0 62
     data = text.encode()
     ends = np.cumsum([0, *(len(c.encode()) for c in text)])
     for n in range(len(data) + 1):
