@@ -138,7 +138,7 @@ F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 DECODE_CASES = (
     DecodeCase("empty sequence among full ones", (0, 129, 1), dtype=BF16),
     DecodeCase("one key", (1, 1), dtype=F16, num_splits=2, head_dim=128),
-    DecodeCase("127 keys, MHA", (127,), num_kv_heads=4, dtype=BF16, num_splits=1),
+    DecodeCase("127 keys and none, MHA", (127, 0), num_kv_heads=4, dtype=BF16, num_splits=1),
     DecodeCase("128 keys, MQA", (128, 128), num_kv_heads=1, dtype=F16, num_splits=2),
     DecodeCase("129 keys, group 8", (129,), num_q_heads=8, num_kv_heads=1, dtype=BF16, num_splits=2),
     DecodeCase("ragged, default splits", (300, 17, 64), dtype=BF16, num_splits=None),
