@@ -182,6 +182,11 @@ def write(notebook, path):
 # ---- run
 
 
+def environment():
+    """Of a process that runs a notebook: the fixed settings, and the labkit that lies beside it."""
+    return {**os.environ, **ENV, "PYTHONPATH": with_root()}
+
+
 def run(path, *, timeout=300):
     """Execute the notebook at `path` top to bottom in a fresh kernel and store its outputs. Returns the seconds.
 
@@ -202,10 +207,38 @@ def run(path, *, timeout=300):
         skip_cells_with_tag="skip-execution",
     )
     start = time.perf_counter()
-    client.execute(env={**os.environ, **ENV, "PYTHONPATH": with_root()})
+    client.execute(env=environment())
     seconds = time.perf_counter() - start
     write(tidy(notebook), path)
     return seconds
+
+
+# ---- how long it takes to read
+
+WORDS_A_MINUTE, LINES_A_MINUTE = 150, 10  # a slow reader, of technical text and of code
+
+
+def minutes(path):
+    """How long it takes to read a notebook with its outputs, without folded code, pictures and exercises done."""
+    words = lines = 0
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            words += _words(source)
+        elif not any(tag.startswith(("hide", "remove")) for tag in cell["metadata"].get("tags", [])):
+            lines += source.count("\n") + 1
+        for output in cell.get("outputs", []):
+            data = {kind: "".join(text) for kind, text in output.get("data", {}).items() if kind.startswith("text/")}
+            if "text/markdown" in data:  # code that is shown from its source
+                lines += data["text/markdown"].count("\n")
+            elif "image/png" not in output.get("data", {}):
+                page = re.sub(r"<(script|style).*?</\1>|<[^>]*>", " ", data.get("text/html", ""), flags=re.DOTALL)
+                words += _words(page or "".join(output.get("text", "")) or data.get("text/plain", ""))
+    return words / WORDS_A_MINUTE + lines / LINES_A_MINUTE
+
+
+def _words(text):
+    return len(re.findall(r"[A-Za-z][\w'-]*", text))
 
 
 # ---- lint
@@ -332,8 +365,7 @@ def nbval(paths, pytest_args):
         if other_text:
             print(f"nbval: skips the cells tagged pinned-text, {other_text}", flush=True)
             paths = [without_pinned_text(path, folder) for path in paths]
-        env = {**os.environ, **ENV, "PYTHONPATH": with_root()}
-        code = subprocess.run([*command, *map(str, paths)], env=env).returncode
+        code = subprocess.run([*command, *map(str, paths)], env=environment()).returncode
     if code:
         print("Where the new output is the right one: python -m labkit.notebooks run <notebook>", flush=True)
     return code
@@ -361,8 +393,6 @@ def main(argv=None):
         write(with_stubs(notebook, args.target.stem.lstrip("0123456789_")), args.target)
     elif args.command == "draft":
         args.target.write_text(to_draft(read(args.source)), encoding="utf-8")
-    if args.command == "run":
-        from labkit import summary
     failed = 0
     paths = (args.files or sorted(CHAPTERS.glob("*.ipynb"))) if "files" in args else []
     if args.command == "test":
@@ -373,7 +403,7 @@ def main(argv=None):
         if args.command == "run":
             try:
                 seconds = run(path)
-                print(f"{path.name}: {seconds:.0f} s, about {summary.minutes(path):.0f} minutes to read", flush=True)
+                print(f"{path.name}: {seconds:.0f} s, about {minutes(path):.0f} minutes to read", flush=True)
             except CellExecutionError as error:
                 print(f"{path.name}: {error}")
                 failed = 1

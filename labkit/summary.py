@@ -3,8 +3,6 @@
 Nothing is computed anew and no figure is typed in: lines are drawn from the files under `results/`.
 """
 
-import json
-import re
 from html import escape
 from statistics import fmean, geometric_mean, median
 
@@ -81,32 +79,6 @@ def metal(results=None):
 def experiments(results=None):
     """All recorded CPU experiments, [Recorded], by name."""
     return [read_experiment(path) for path in sorted((results or RESULTS).glob("cpu/*.json"))]
-
-
-WORDS_A_MINUTE, LINES_A_MINUTE = 150, 10  # a slow reader, of technical text and of code
-
-
-def minutes(path):
-    """How long it takes to read a notebook with its outputs, without folded code, pictures and exercises done."""
-    words = lines = 0
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "markdown":
-            words += _words(source)
-        elif not any(tag.startswith(("hide", "remove")) for tag in cell["metadata"].get("tags", [])):
-            lines += source.count("\n") + 1
-        for output in cell.get("outputs", []):
-            data = {kind: "".join(text) for kind, text in output.get("data", {}).items() if kind.startswith("text/")}
-            if "text/markdown" in data:  # code that is shown from its source
-                lines += data["text/markdown"].count("\n")
-            elif "image/png" not in output.get("data", {}):
-                page = re.sub(r"<(script|style).*?</\1>|<[^>]*>", " ", data.get("text/html", ""), flags=re.DOTALL)
-                words += _words(page or "".join(output.get("text", "")) or data.get("text/plain", ""))
-    return words / WORDS_A_MINUTE + lines / LINES_A_MINUTE
-
-
-def _words(text):
-    return len(re.findall(r"[A-Za-z][\w'-]*", text))
 
 
 # ---- the GPU's part as a table
@@ -192,8 +164,8 @@ def metal_table(results=None):
     return cards(("stage", "outcome"), lines, widths=(20, 80))
 
 
-def _small(*lines):
-    return f"<small>{'<br>'.join(map(as_html, lines))}</small>"
+def _small(text):
+    return f"<small>{as_html(text)}</small>"
 
 
 # ---- the CPU's part: what an experiment found, [(finding, result, compared with, seeds and spread)]; of all its seeds

@@ -10,7 +10,7 @@ import yaml
 from bs4 import BeautifulSoup
 
 import kernels
-from labkit import bench, record, summary
+from labkit import bench, notebooks, record, summary
 from labkit.provenance import ROOT
 from labkit.record import CEILING, Row
 from labkit.step_map import CHAPTERS
@@ -124,7 +124,7 @@ def test_minutes_of_a_notebook(tmp_path):
     cells.append({"cell_type": "code", "source": source, "metadata": metadata, "outputs": [shown]})
     path = tmp_path / "n.ipynb"
     path.write_text(json.dumps({"cells": cells}), encoding="utf-8")
-    assert summary.minutes(path) == pytest.approx(6 / 150 + (2 + 4) / 10)
+    assert notebooks.minutes(path) == pytest.approx(6 / 150 + (2 + 4) / 10)
 
 
 def test_the_cards_of_the_first_page_say_what_the_chapters_say():
@@ -143,13 +143,13 @@ def test_the_cards_of_the_first_page_say_what_the_chapters_say():
         path = ROOT / "chapters" / f"{file}.ipynb"
         start = f"Time: about {said} minutes"
         assert start in path.read_text(encoding="utf-8"), f"{file}: no {start!r}, as chapters/intro.md has it"
-        assert abs(summary.minutes(path) - int(said)) <= max(3, int(said) / 8), f"{file}: about {summary.minutes(path):.0f} minutes"
+        assert abs(notebooks.minutes(path) - int(said)) <= max(3, int(said) / 8), f"{file}: about {notebooks.minutes(path):.0f} minutes"
 
 
 def test_the_first_page_says_how_long_its_beginning_takes():
     text = (ROOT / "chapters" / "intro.md").read_text(encoding="utf-8")
     said = int(re.search(r"{doc}`one_step` \((\d+) minutes", text)[1])
-    assert abs(summary.minutes(ROOT / "chapters" / "one_step.ipynb") - said) < 5
+    assert abs(notebooks.minutes(ROOT / "chapters" / "one_step.ipynb") - said) < 5
 
 
 EXPERIMENTS = summary.experiments()

@@ -105,7 +105,7 @@ class Exercise:
 
         def watched(*args):
             values = ", ".join(repr(x) for x in args if not callable(x))
-            called.append(f"; called with {values}" if len(values) < 100 and "\n" not in values else "")
+            called.append(f"; called with {values}" if _is_short(values) else "")
             return fn(*args)
 
         return watched
@@ -136,6 +136,11 @@ class Exercise:
         namespace = dict(vars(inspect.getmodule(self.fn)))
         exec(compile(source, f"<{self.name}>", "exec"), namespace)
         return namespace[self.name]
+
+
+def _is_short(text) -> bool:
+    """Whether a message has room for it."""
+    return len(text) < 100 and "\n" not in text
 
 
 def _raised(error, fn) -> str:
@@ -285,7 +290,7 @@ def expect(got, want, what="result", *, atol=1e-5, rtol=1e-5):
     elif isinstance(want, (tuple, list)):
         assert isinstance(got, (tuple, list)), f"{what}: got {type(got).__name__}, expected {len(want)} values"
         values = f": {got} instead of {want}"
-        values = values if len(values) < 100 and "\n" not in values else ""
+        values = values if _is_short(values) else ""
         assert len(got) == len(want), f"{what}: got {len(got)} values, expected {len(want)}{values}"
         for i, (a, b) in enumerate(zip(got, want, strict=True)):
             expect(a, b, f"{what}[{i}]", atol=atol, rtol=rtol)
